@@ -1,0 +1,435 @@
+"""A model -> its anatomy: the ordered decoder layers and every weight matrix in them that can be adapted.
+
+Comes in: any decoder-only model. Goes out: a :class:`ModelAnatomy`, a plain record that can be saved, read and
+compared. What cannot be adapted is in it too, with the reason; nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import PlanError, UnsupportedModelError
+from .layers import embedding_of, layer_blocks
+
+Kind = Literal["attention", "mlp", "expert", "mixer"]
+Storage = Literal["linear", "conv1d", "quantized", "stacked"]
+
+KINDS: tuple[Kind, ...] = ("attention", "mlp", "expert", "mixer")
+ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg", "gating", "router_proj"})
+# PEFT refuses `out_proj` on these model types, because their fused kernels read its weight directly.
+PEFT_REFUSES_OUT_PROJ = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "nemotron_h", "zamba2"})
+TRIAL_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleAnatomy:
+    """One weight matrix (or one stack of expert matrices) that can carry an adapter."""
+
+    name: str
+    """Full dotted name, e.g. ``model.layers.3.mlp.up_proj``; of the parameter where ``storage`` is ``stacked``."""
+    layer_idx: int
+    kind: Kind
+    storage: Storage
+    in_features: int
+    out_features: int
+    num_experts: int = 1
+    """Matrices in the stack; 1 for everything that is not a stack of experts."""
+    active_share: float = 1.0
+    """Share of these weights that one token passes through: experts per token over experts."""
+
+    @property
+    def num_params(self) -> int:
+        """Weights in the frozen matrix."""
+        return self.num_experts * self.in_features * self.out_features
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank that still means something, min(in, out)."""
+        return min(self.in_features, self.out_features)
+
+    def adapter_params(self, rank: int) -> int:
+        """Trainable weights of a LoRA adapter of this rank: rank * (in + out), per expert."""
+        return self.num_experts * rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A matrix inside a layer that gets no adapter, and why."""
+
+    name: str
+    layer_idx: int
+    num_params: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAnatomy:
+    """One block of the decoder stack."""
+
+    layer_idx: int
+    name: str
+    """Full dotted name of the block, e.g. ``model.layers.3``."""
+    num_params: int
+    """All weights of the block, norms and biases included."""
+    modules: tuple[ModuleAnatomy, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnatomy:
+    """The ordered layers of a decoder, what can be adapted in each, and what is left out."""
+
+    architecture: str
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    layers: tuple[LayerAnatomy, ...]
+    left_out: tuple[LeftOut, ...]
+    num_params: int
+    """All weights of the model."""
+    trial_forward: str
+    """"ran", or why the trial forward that finds unused matrices could not run."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks, L."""
+        return len(self.layers)
+
+    @property
+    def modules(self) -> tuple[ModuleAnatomy, ...]:
+        """Every adaptable matrix, in order of depth."""
+        return tuple(module for layer in self.layers for module in layer.modules)
+
+    @property
+    def adaptable_share(self) -> float:
+        """Share of the matrix weights inside the layers that can carry an adapter, 0 to 1."""
+        adaptable = sum(module.num_params for module in self.modules)
+        matrices = adaptable + sum(item.num_params for item in self.left_out)
+        return adaptable / matrices if matrices else 0.0
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that two models share only if a plan for one fits the other."""
+        shape = [
+            self.architecture,
+            [(m.name, m.storage, m.num_experts, m.in_features, m.out_features) for m in self.modules],
+        ]
+        return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
+
+    def layer(self, layer_idx: int) -> LayerAnatomy:
+        """The block at this depth.
+
+        Raises:
+            PlanError: If the model has no such layer.
+        """
+        if not 0 <= layer_idx < self.num_layers:
+            raise PlanError(
+                f"layer {layer_idx} does not exist: {self.architecture} has {self.num_layers} layers, "
+                f"0 to {self.num_layers - 1}."
+            )
+        return self.layers[layer_idx]
+
+    def check_layers(self, layers: Iterator[int] | list[int] | tuple[int, ...]) -> tuple[int, ...]:
+        """The same layers in order, after checking that each exists, once.
+
+        Raises:
+            PlanError: If the list is empty, names a layer twice, or names one that the model lacks.
+        """
+        given = [int(layer) for layer in layers]
+        if not given:
+            raise PlanError("no layers were chosen. Choose at least one.")
+        twice = sorted(layer for layer, count in Counter(given).items() if count > 1)
+        if twice:
+            raise PlanError(f"layers {twice} are named more than once in {given}. Name each layer once.")
+        for layer in given:
+            self.layer(layer)
+        return tuple(sorted(given))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON types, with ``fingerprint`` for readers."""
+        return {**asdict(self), "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> ModelAnatomy:
+        """Read back what :meth:`to_dict` wrote."""
+        fields = {key: value for key, value in record.items() if key != "fingerprint"}
+        fields["layers"] = tuple(
+            LayerAnatomy(**{**layer, "modules": tuple(ModuleAnatomy(**module) for module in layer["modules"])})
+            for layer in record["layers"]
+        )
+        fields["left_out"] = tuple(LeftOut(**item) for item in record["left_out"])
+        return cls(**fields)
+
+
+def anatomy(model: nn.Module) -> ModelAnatomy:
+    """Read the anatomy of a decoder-only model; the model is left exactly as found.
+
+    The stack of layers is found by structure (:func:`~aletheia_lora.layers.layer_blocks`). One short trial forward
+    tells which matrices really run as modules: an adapter on one that is read directly would be dead.
+
+    Args:
+        model: A transformers causal language model, or anything shaped like one, on any device (``meta`` included).
+
+    Raises:
+        UnsupportedModelError: For an encoder-decoder model, a model that already carries adapters, or one with no
+            single stack of decoder layers; the message names the model and what was found.
+    """
+    architecture = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{architecture} is an encoder-decoder model; expected a decoder-only language model. "
+            "Layer selection over two stacks is not defined here."
+        )
+    if hasattr(model, "peft_config"):
+        raise UnsupportedModelError(
+            f"{architecture} already carries adapters. Call merge_and_unload() or unload() first, "
+            "or pass the base model."
+        )
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    blocks = layer_blocks(model)
+    called, trial_forward = _modules_called(model, text_config)
+    shared = _shared_weights(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    model_type = str(getattr(text_config, "model_type", architecture))
+    layers: list[LayerAnatomy] = []
+    left_out: list[LeftOut] = []
+    for layer_idx, block in enumerate(blocks):
+        modules, skipped = _layer_matrices(block, layer_idx, names, called, shared, model_type, text_config)
+        left_out.extend(skipped)
+        num_params = sum(_true_numel(module, parameter) for module, parameter in _parameters_with_owner(block))
+        layers.append(LayerAnatomy(layer_idx, names[id(block[0])], num_params, modules))
+    if not any(layer.modules for layer in layers):
+        reasons = Counter(item.reason for item in left_out)
+        raise UnsupportedModelError(
+            f"{architecture} has {len(layers)} layers but no matrix that can be adapted: {dict(reasons)}"
+        )
+    return ModelAnatomy(
+        architecture=architecture,
+        model_type=model_type,
+        hidden_size=int(getattr(text_config, "hidden_size", 0) or embedding_of(model).weight.shape[1]),
+        vocab_size=int(embedding_of(model).weight.shape[0]),
+        layers=tuple(layers),
+        left_out=tuple(left_out),
+        num_params=sum(_true_numel(module, parameter) for module, parameter in _parameters_with_owner([model])),
+        trial_forward=trial_forward,
+    )
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear map in any storage, or None if the module is not one."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(in_features, int) and isinstance(out_features, int) and not any(True for _ in module.children()):
+        return in_features, out_features
+    return None
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True for a linear map whose weight is not stored as plain floating-point numbers of its own shape."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return True
+    shape = linear_shape(module)
+    return shape is None or weight.numel() != shape[0] * shape[1]
+
+
+# --- reading one layer --------------------------------------------------------------------------------------------
+
+
+def _layer_matrices(
+    blocks: list[nn.Module],
+    layer_idx: int,
+    names: Mapping[int, str],
+    called: set[int] | None,
+    shared: set[int],
+    model_type: str,
+    text_config: Any,
+) -> tuple[tuple[ModuleAnatomy, ...], list[LeftOut]]:
+    modules: list[ModuleAnatomy] = []
+    left_out: list[LeftOut] = []
+    for block in blocks:
+        block_name = names[id(block)]
+        for module in block.modules():
+            name = names[id(module)]
+            path = name[len(block_name) :].lstrip(".")
+            shape = linear_shape(module)
+            weight = getattr(module, "weight", None)
+            if shape is not None and (weight is not None or is_quantized(module)):
+                reason = _why_left_out(module, path, called, shared, model_type)
+                if reason is not None:
+                    left_out.append(LeftOut(name, layer_idx, shape[0] * shape[1], reason))
+                    continue
+                storage: Storage = (
+                    "quantized" if is_quantized(module) else "conv1d" if isinstance(module, Conv1D) else "linear"
+                )
+                modules.append(ModuleAnatomy(name, layer_idx, kind_of(path), storage, shape[0], shape[1]))
+                continue
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim < 2 or parameter_name.endswith("bias"):
+                    continue
+                full = f"{name}.{parameter_name}"
+                num_experts = _num_experts(module, parameter, text_config)
+                if num_experts is None:
+                    kind = "convolution kernel" if "conv" in path.lower() else "bare parameter"
+                    reason = (
+                        "router" if path.rpartition(".")[2] in ROUTER_NAMES else f"{kind}, read directly by its owner"
+                    )
+                    left_out.append(LeftOut(full, layer_idx, parameter.numel(), reason))
+                elif id(parameter) in shared:
+                    left_out.append(LeftOut(full, layer_idx, parameter.numel(), "tied to another layer"))
+                else:
+                    active = min(float(_experts_per_token(text_config)) / num_experts, 1.0)
+                    first, second = int(parameter.shape[1]), int(parameter.shape[2])
+                    if not getattr(module, "is_transposed", False):
+                        first, second = second, first
+                    modules.append(
+                        ModuleAnatomy(full, layer_idx, "expert", "stacked", first, second, num_experts, active)
+                    )
+    return tuple(modules), left_out
+
+
+def _why_left_out(
+    module: nn.Module, path: str, called: set[int] | None, shared: set[int], model_type: str
+) -> str | None:
+    leaf = path.rpartition(".")[2]
+    if leaf in ROUTER_NAMES:
+        return "router"
+    weight = getattr(module, "weight", None)
+    if weight is not None and id(weight) in shared:
+        return "tied to another layer"
+    if leaf == "out_proj" and model_type in PEFT_REFUSES_OUT_PROJ:
+        return f"PEFT refuses out_proj on {model_type}"
+    if called is not None and id(module) not in called and "expert" not in path:
+        return "its forward does not run: the weight is read directly, an adapter would be dead"
+    return None
+
+
+def kind_of(path: str) -> Kind:
+    """The kind of a matrix from its path inside the layer, e.g. ``self_attn.q_proj`` -> ``attention``.
+
+    Whole words of the path decide, from the outside in; the leaf name decides only where no owner says more.
+    """
+    owners, _, leaf = path.lower().rpartition(".")
+    if "expert" in owners:
+        return "expert"
+    for owner in owners.split("."):
+        if any(
+            word in owner for word in ("mamba", "ssm", "mixer", "linear_attn", "recurrent", "rglru", "conv", "temporal")
+        ):
+            return "mixer"
+        if "attn" in owner or "attention" in owner:
+            return "attention"
+        if any(
+            word in owner
+            for word in ("mlp", "ffn", "feed_forward", "feedforward", "moe", "ff", "output", "intermediate")
+        ):
+            return "mlp"
+    if any(
+        word in leaf
+        for word in ("qkv", "q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "query", "key", "value", "attn")
+    ):
+        return "attention"
+    if any(word in leaf for word in ("fc", "up", "down", "gate", "ffn", "mlp", "w1", "w2", "w3", "lin1", "lin2", "4h")):
+        return "mlp"
+    return "mixer"
+
+
+def _num_experts(module: nn.Module, parameter: torch.Tensor, text_config: Any) -> int | None:
+    if parameter.ndim != 3:
+        return None
+    counts = {
+        getattr(source, name, None)
+        for source in (module, text_config)
+        for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    }
+    if type(module).__name__.endswith("Experts") or int(parameter.shape[0]) in counts:
+        return int(parameter.shape[0])
+    return None
+
+
+def _experts_per_token(text_config: Any) -> int:
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int):
+            return value
+    return 1
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one place of the model uses."""
+    seen: Counter[int] = Counter()
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        del module_name
+        seen.update(id(parameter) for parameter in module.parameters(recurse=False))
+    return {key for key, count in seen.items() if count > 1}
+
+
+def _parameters_with_owner(blocks: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    seen: set[int] = set()
+    for block in blocks:
+        for module in block.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield module, parameter
+
+
+def _true_numel(module: nn.Module, parameter: nn.Parameter) -> int:
+    """Number of weights, also where packed storage shows fewer."""
+    shape = linear_shape(module)
+    if shape is not None and parameter is getattr(module, "weight", None):
+        return shape[0] * shape[1]
+    return parameter.numel()
+
+
+# --- the trial forward ------------------------------------------------------------------------------------------
+
+
+def _modules_called(model: nn.Module, text_config: Any) -> tuple[set[int] | None, str]:
+    """Ids of the linear maps whose forward runs when the model runs in train mode, and a word on the trial.
+
+    Train mode, because several architectures read weights directly in one mode only. Dropout consumes random numbers,
+    so the RNG state is put back; train and eval flags are put back module by module.
+    """
+    called: set[int] = set()
+    candidates = [module for module in model.modules() if linear_shape(module) is not None]
+
+    def note(module: nn.Module, *_: object) -> None:
+        called.add(id(module))
+
+    handles = [module.register_forward_pre_hook(note) for module in candidates]
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    weight = embedding_of(model).weight
+    vocab_size = int(getattr(text_config, "vocab_size", 0) or weight.shape[0])
+    input_ids = (torch.arange(TRIAL_TOKENS, device=weight.device) % vocab_size).unsqueeze(0)
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            model.train()
+            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+    except Exception as error:  # whatever a foreign forward raises, the anatomy still stands without the trial
+        if not called:
+            return (
+                None,
+                f"could not run ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})",
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training:
+            module.training = flag
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return called, "ran"
