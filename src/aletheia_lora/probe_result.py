@@ -1,0 +1,186 @@
+"""What a probe measured: a mapping from layer to score, with everything the score was made from.
+
+A :class:`ProbeResult` is a plain record. It is written by ``probe.py``, read by ``scores.py`` and everything after
+it, saved as JSON and read back without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ProbeError
+from .files import write_json
+
+Method = Literal["formed", "gram", "autograd"]
+FORMAT = "aletheia-probe/1"
+FLAT_SPREAD = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStatistics:
+    """Gradient statistics of one weight tensor over the probe batches."""
+
+    name: str
+    layer_idx: int
+    kind: str
+    """``attention``, ``mlp``, ``expert``, ``mixer``; or ``other`` for norms, biases and what gets no adapter."""
+    num_params: int
+    method: Method
+    """How the norm was found: the gradient ``formed`` and dropped, its ``gram`` form, or ``autograd``'s own."""
+    grad_norm: tuple[float, ...]
+    """Frobenius norm of d(mean token loss)/d(weight), one per batch."""
+    taylor: tuple[float, ...] | None = None
+    """Sum of |weight * gradient| per batch; None where the gradient itself was never formed."""
+    weight_norm: float | None = None
+    """Frobenius norm of the weight; None where it is stored quantized."""
+
+    @property
+    def adaptable(self) -> bool:
+        """True if an adapter can sit on this tensor."""
+        return self.kind != "other"
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult(Mapping[int, float]):
+    """``layer_idx -> score`` by the paper's definition, carrying all statistics.
+
+    The score of layer l is the sum over batches, then over the tensors p of the layer, of ||dLoss/dp||_2
+    (Saket, "Aletheia", arXiv 2604.15351, the layer score).
+    """
+
+    fingerprint: str
+    """Fingerprint of the model that was probed (:attr:`ModelAnatomy.fingerprint`)."""
+    num_layers: int
+    tensors: tuple[TensorStatistics, ...]
+    losses: tuple[float, ...]
+    """Mean loss per labelled token of each batch, in nats."""
+    num_tokens: tuple[int, ...]
+    """Tokens of each batch, padding excluded."""
+    num_labelled_tokens: tuple[int, ...]
+    """Tokens of each batch that carry a label, i.e. enter the loss."""
+    batch_size: int
+    """Rows in a batch, the largest if they differ."""
+    seconds: float
+    """Wall time of the whole probe."""
+    peak_memory_bytes: int | None
+    """Highest memory above that before the probe: allocator on a GPU, resident set on a CPU; None where unreadable."""
+    mode: str
+    """``auto``, ``exact`` or ``gram``, as asked."""
+
+    def __getitem__(self, layer_idx: int) -> float:
+        return (
+            float(self.batch_scores()[layer_idx].sum())
+            if 0 <= layer_idx < self.num_layers
+            else self._missing(layer_idx)
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.num_layers))
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+    def _missing(self, layer_idx: int) -> float:
+        raise KeyError(f"layer {layer_idx}: the probed model has layers 0 to {self.num_layers - 1}")
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that were probed."""
+        return len(self.losses)
+
+    def batch_scores(self) -> NDArray[np.float64]:
+        """The paper's score of each layer on each batch, shape (num_layers, num_batches)."""
+        table = np.zeros((self.num_layers, self.num_batches))
+        for tensor in self.tensors:
+            table[tensor.layer_idx] += np.asarray(tensor.grad_norm)
+        return table
+
+    def standard_errors(self) -> NDArray[np.float64]:
+        """Standard error of each layer's summed score over batches, shape (num_layers,); NaN for one batch."""
+        if self.num_batches < 2:
+            return np.full(self.num_layers, np.nan)
+        table = self.batch_scores()
+        return np.asarray(table.std(axis=1, ddof=1) * np.sqrt(self.num_batches))
+
+    @property
+    def spread(self) -> float:
+        """Largest score over smallest, max/min; infinite if a layer scores 0."""
+        scores = self.batch_scores().sum(axis=1)
+        return float(scores.max() / scores.min()) if scores.min() > 0 else float("inf")
+
+    @property
+    def is_flat(self) -> bool:
+        """True if the profile hardly discriminates: spread under 2.5 (see arXiv 2605.07366)."""
+        return self.spread < FLAT_SPREAD
+
+    def split_half_overlap(self, percent: float = 50) -> float:
+        """Jaccard overlap of the top ``percent`` layers of odd and of even batches, 0 to 1; NaN for one batch."""
+        if self.num_batches < 2:
+            return float("nan")
+        table = self.batch_scores()
+        count = max(int(self.num_layers * percent / 100), 1)
+        halves = [set(np.argsort(-table[:, start::2].sum(axis=1), kind="stable")[:count].tolist()) for start in (0, 1)]
+        return len(halves[0] & halves[1]) / len(halves[0] | halves[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON types, with the derived scores beside it for human readers."""
+        errors = self.standard_errors()
+        return {
+            "format": FORMAT,
+            **{key: getattr(self, key) for key in self.__dataclass_fields__ if key != "tensors"},
+            "scores": [self[layer] for layer in self],
+            "standard_errors": [float(error) for error in errors],
+            "spread": self.spread,
+            "split_half_overlap": self.split_half_overlap(),
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> ProbeResult:
+        """Read back what :meth:`to_dict` wrote.
+
+        Raises:
+            ProbeError: If the record is of another format or lacks a field; the message names it.
+        """
+        if record.get("format") != FORMAT:
+            raise ProbeError(f"not a probe record: format is {record.get('format')!r}, expected {FORMAT!r}.")
+        missing = [key for key in cls.__dataclass_fields__ if key not in record]
+        if missing:
+            raise ProbeError(f"the probe record lacks {missing}. Run the probe again.")
+        fields = {key: record[key] for key in cls.__dataclass_fields__}
+        for key in ("losses", "num_tokens", "num_labelled_tokens"):
+            fields[key] = tuple(fields[key])
+        fields["tensors"] = tuple(
+            TensorStatistics(
+                **{
+                    **tensor,
+                    "grad_norm": tuple(tensor["grad_norm"]),
+                    "taylor": None if tensor["taylor"] is None else tuple(tensor["taylor"]),
+                }
+            )
+            for tensor in record["tensors"]
+        )
+        return cls(**fields)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the record as JSON, whole or not at all."""
+        return write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProbeResult:
+        """Read a record written by :meth:`save`.
+
+        Raises:
+            ProbeError: If the file is not a probe record.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ProbeError(f"{str(path)!r} is not JSON (line {error.lineno}): {error.msg}.") from error
