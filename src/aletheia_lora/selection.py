@@ -1,0 +1,418 @@
+"""Scores (and the cost of a step) -> the layers to adapt.
+
+Comes in: ``{layer_idx: score}`` and :class:`SelectionOptions`. Goes out: a sorted list of layers, or with
+:func:`select` a :class:`LayerSelection` that can be saved, read and edited. Reading :data:`STRATEGIES` is reading the
+table of strategies: the paper's, ours (``budget``), and the controls that any of them has to beat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from .errors import PlanError, nearest
+
+if TYPE_CHECKING:
+    from .cost import CostModel
+
+# Costs are sums of floating-point numbers: a choice that meets its budget exactly must not fail by the last bit.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectionOptions:
+    """What the strategies may be told; each reads only what its rule needs."""
+
+    percent: float = 50
+    """Layers to choose, in percent of all: ``top_percent`` and the controls."""
+    num_layers: int | None = None
+    """Layers to choose, as a count. Overrides ``percent``; for ``budget`` it is an upper bound."""
+    mass: float = 0.8
+    """Share of the total score that ``mass`` keeps, 0 to 1."""
+    time_budget: float = 0.6
+    """Predicted step time that ``budget`` may use, as a share of uniform LoRA's."""
+    rank: int = 16
+    """Rank that predictions of time assume, for the choice and for uniform LoRA."""
+    seed: int = 0
+    """Seed of ``random``."""
+    cost: CostModel | None = None
+    """What a step costs; ``budget`` and predictions of time need it."""
+
+    def __post_init__(self) -> None:
+        _check_percent("percent", self.percent)
+        for name in ("mass", "time_budget"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected a share above 0 and at most 1.")
+        for name, least in (("num_layers", 1), ("rank", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}, expected at least {least}.")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSelection:
+    """The layers to adapt, how they were chosen, and what to expect of them."""
+
+    strategy: str
+    layers: tuple[int, ...]
+    num_layers: int
+    """Layers of the model, chosen or not."""
+    score_share: float
+    """Share of the total score that the chosen layers hold, 0 to 1; NaN where the scores have no positive sum."""
+    predicted_time_share: float
+    """Predicted step time against uniform LoRA of the same rank; NaN without a cost model."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise PlanError(f"layers={self.layers}: expected at least one layer, in ascending order, each once.")
+        if self.layers[0] < 0 or self.layers[-1] >= self.num_layers:
+            raise PlanError(f"layers={self.layers}: expected layers between 0 and {self.num_layers - 1}.")
+
+    @property
+    def lowest(self) -> int:
+        """m, the lowest chosen layer: backward stops there."""
+        return self.layers[0]
+
+    def describe(self) -> str:
+        """One sentence for people."""
+        stop = f"backward stops at {self.lowest}" if self.lowest else "backward runs to the first layer"
+        known = not math.isnan(self.predicted_time_share)
+        speed = f"predicted {1 / self.predicted_time_share:.2f}x" if known else "speed not predicted"
+        kept = "score unknown" if math.isnan(self.score_share) else f"keeps {100 * self.score_share:.0f} % of the score"
+        noun = "layers" if len(self.layers) > 1 else "layer"
+        return f"{noun} {_ranges(self.layers)}, {stop}, {speed}, {kept}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON types."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> LayerSelection:
+        """Read back what :meth:`to_dict` wrote; JSON's null is NaN.
+
+        Raises:
+            PlanError: If the layers are not an ascending list within the model.
+        """
+        shares = {
+            name: math.nan if record[name] is None else record[name] for name in ("score_share", "predicted_time_share")
+        }
+        return cls(**{**record, **shares, "layers": tuple(record["layers"])})
+
+
+@dataclass(frozen=True, slots=True)
+class ParetoPoint:
+    """A choice that no other beats on both score and time."""
+
+    lowest: int
+    layers: tuple[int, ...]
+    score_share: float
+    """Share of the total score kept, 0 to 1."""
+    predicted_time_share: float
+    """Predicted step time against uniform LoRA of the same rank."""
+
+
+Strategy = Callable[[Mapping[int, float], SelectionOptions], list[int]]
+
+
+def select_layers(layer_scores: Mapping[int, float], top_pct: float = 50) -> list[int]:
+    """The best-scoring ``max(int(L * top_pct / 100), 1)`` of L layers, in ascending order.
+
+    The paper's rule (Saket, "Aletheia", arXiv 2604.15351). Of layers with equal scores the lower comes first.
+
+    Args:
+        layer_scores: ``{layer_idx: score}``.
+        top_pct: Percent of the layers to choose, 1 to 100.
+
+    Raises:
+        ValueError: If there are no scores, a score is not a finite number, or ``top_pct`` is out of range.
+    """
+    _check_percent("top_pct", top_pct)
+    scores = _checked(layer_scores)
+    return sorted(_best_first(scores)[: max(int(len(scores) * top_pct / 100), 1)])
+
+
+def select(
+    scores: Mapping[int, float], strategy: str = "budget", options: SelectionOptions | None = None
+) -> LayerSelection:
+    """Choose layers by the strategy of this name in :data:`STRATEGIES`.
+
+    Args:
+        scores: ``{layer_idx: score}`` of every layer.
+        strategy: A key of :data:`STRATEGIES`.
+        options: What the strategy needs to know.
+
+    Raises:
+        ValueError: If no strategy has this name, it lacks an option, or the scores are empty or not finite.
+        PlanError: If the strategy finds no layers under these options.
+    """
+    options = options or SelectionOptions()
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}. {nearest(strategy, STRATEGIES)}")
+    scores = _checked(scores)
+    layers = STRATEGIES[strategy](scores, options)
+    total = math.fsum(scores.values())
+    kept = math.fsum(scores[layer] for layer in layers)
+    time_share = math.nan
+    if options.cost is not None:
+        time_share = _cost_of(scores, options).share(layers, rank=options.rank, uniform_rank=options.rank)
+    return LayerSelection(
+        strategy=strategy,
+        layers=tuple(layers),
+        num_layers=len(scores),
+        score_share=kept / total if total > 0 else math.nan,
+        predicted_time_share=time_share,
+        seed=options.seed,
+    )
+
+
+# --- strategies -------------------------------------------------------------------------------------------------
+
+
+def top_percent(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """The k best, the paper's rule."""
+    return sorted(_best_first(scores)[: _count(scores, options)])
+
+
+def above_median(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Every layer that scores above the median, the threshold named in the paper's review.
+
+    Raises:
+        PlanError: If no layer does, because too many share the highest score.
+    """
+    median = float(np.median(list(scores.values())))
+    layers = sorted(layer for layer, score in scores.items() if score > median)
+    if not layers:
+        raise PlanError(f"no layer scores above the median, {median:g}: the profile is flat. Use stride.")
+    return layers
+
+
+def mass(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """The fewest layers that hold a share ``options.mass`` of the total score: how concentrated it is.
+
+    Raises:
+        ValueError: If a score is negative or all are 0.
+    """
+    _check_shares(scores)
+    order = _best_first(scores)
+    held = np.cumsum([scores[layer] for layer in order])
+    count = int(np.searchsorted(held, options.mass * held[-1] * (1 - ROUNDING))) + 1
+    return sorted(order[:count])
+
+
+def budget(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """The best total score whose predicted step time is at most ``options.time_budget`` of uniform LoRA's.
+
+    Ours, and exact: for every possible lowest layer m, the best-scoring affordable subset of the layers m and above;
+    of these the best total, on a tie that with the larger m. Where the layers' adapters cost the same a sort finds
+    the subset; else it is a knapsack, solved to one millionth of the budget. A layer that scores 0 is never chosen.
+
+    Raises:
+        ValueError: If there is no cost model, a score is negative, or all are 0.
+        PlanError: If not even one layer fits; says the smallest share that one does.
+    """
+    cost = _cost_of(scores, options)
+    _check_shares(scores)
+    uniform = cost.uniform(rank=options.rank)
+    limit = options.time_budget * uniform * (1 + ROUNDING)
+    best: list[int] = []
+    best_total = 0.0
+    for lowest in reversed(range(cost.num_layers)):
+        candidates = [layer for layer in range(lowest, cost.num_layers) if scores[layer] > 0]
+        adapter_costs = [cost.adapters([layer], rank=options.rank) for layer in candidates]
+        chosen = _best_affordable(
+            [scores[layer] for layer in candidates],
+            adapter_costs,
+            limit - cost.without_adapters(lowest),
+            options.num_layers or len(candidates),
+        )
+        total = math.fsum(scores[candidates[index]] for index in chosen)
+        if total > best_total:
+            best, best_total = [candidates[index] for index in chosen], total
+    if not best:
+        smallest, layer = min(
+            (cost.step([layer], rank=options.rank) / uniform, layer) for layer, score in scores.items() if score > 0
+        )
+        raise PlanError(
+            f"time_budget={options.time_budget} is below what one layer needs: "
+            f"{math.ceil(1000 * smallest) / 1000} of uniform LoRA's step time (layer {layer}). "
+            "Raise time_budget to at least that."
+        )
+    return best
+
+
+def random(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Control: k layers drawn by ``options.seed``."""
+    rng = np.random.default_rng(options.seed)
+    return sorted(rng.choice(sorted(scores), size=_count(scores, options), replace=False).tolist())
+
+
+def bottom(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Control: the k lowest-scoring layers, on a tie the lower layer."""
+    return sorted(sorted(sorted(scores), key=lambda layer: scores[layer])[: _count(scores, options)])
+
+
+def middle(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Control: k layers around the middle of the depth."""
+    count = _count(scores, options)
+    start = (len(scores) - count) // 2
+    return sorted(scores)[start : start + count]
+
+
+def first(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Control: the first k layers."""
+    return sorted(scores)[: _count(scores, options)]
+
+
+def last(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Control: the last k layers, the cheapest choice of k."""
+    return sorted(scores)[-_count(scores, options) :]
+
+
+def stride(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Control: k layers evenly spread over the depth, the last layer among them."""
+    count = _count(scores, options)
+    layers = sorted(scores)
+    return sorted(layers[-1 - step * len(layers) // count] for step in range(count))
+
+
+def all_layers(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Every layer: uniform LoRA."""
+    return sorted(scores)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "top_percent": top_percent,
+    "above_median": above_median,
+    "mass": mass,
+    "budget": budget,
+    "random": random,
+    "bottom": bottom,
+    "middle": middle,
+    "first": first,
+    "last": last,
+    "stride": stride,
+    "all": all_layers,
+}
+
+
+def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[ParetoPoint]:
+    """The choices worth considering, from the fastest to the one that keeps the most score.
+
+    Every lowest layer m is combined with every number of best-scoring layers from m up; kept are those that no other
+    beats in both score and predicted time. Where adapters cost the same in every layer this is the whole frontier.
+
+    Args:
+        scores: ``{layer_idx: score}`` of every layer.
+        options: ``cost`` and ``rank``; ``num_layers``, where given, bounds the number of layers.
+
+    Raises:
+        ValueError: If there is no cost model, a score is negative, or all are 0.
+    """
+    scores = _checked(scores)
+    cost = _cost_of(scores, options)
+    _check_shares(scores)
+    total, uniform = math.fsum(scores.values()), cost.uniform(rank=options.rank)
+    points = []
+    for lowest in range(cost.num_layers):
+        order = _best_first({layer: scores[layer] for layer in range(lowest, cost.num_layers)})
+        base = cost.without_adapters(lowest)
+        for count in range(1, min(len(order), options.num_layers or len(order)) + 1):
+            layers = tuple(sorted(order[:count]))
+            if layers[0] == lowest:  # any other is counted, cheaper, where its own lowest layer is
+                time_share = (base + cost.adapters(layers, rank=options.rank)) / uniform
+                score_share = math.fsum(scores[layer] for layer in layers) / total
+                points.append(ParetoPoint(lowest, layers, score_share, time_share))
+    frontier: list[ParetoPoint] = []
+    for point in sorted(points, key=lambda point: (point.predicted_time_share, -point.score_share)):
+        if point.score_share > (frontier[-1].score_share if frontier else 0.0):
+            frontier.append(point)
+    return frontier
+
+
+# --- inside -----------------------------------------------------------------------------------------------------
+
+
+def _best_affordable(scores: Sequence[float], costs: Sequence[float], money: float, at_most: int) -> list[int]:
+    """Indices of the best total score whose costs sum to at most ``money``, in ascending order."""
+    if not scores or money <= 0 or money < min(costs):
+        return []
+    if max(costs) - min(costs) <= ROUNDING * max(costs):
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])
+        return sorted(order[: min(at_most, int(money / max(costs)) if max(costs) > 0 else len(order))])
+    # Both rows and the objective are scaled to 1, because the solver's tolerances are absolute.
+    rows = np.array([np.asarray(costs) / money, np.full(len(costs), 1 / at_most)])
+    result = milp(
+        -np.asarray(scores) / max(scores),
+        constraints=LinearConstraint(rows, ub=1.0),
+        bounds=Bounds(0, 1),
+        integrality=np.ones(len(scores)),
+        options={"mip_rel_gap": 0.0},
+    )
+    assert result.success, f"the knapsack has a solution, yet the solver says: {result.message}"
+    return [int(index) for index in np.flatnonzero(result.x > 0.5)]
+
+
+def _best_first(scores: Mapping[int, float]) -> list[int]:
+    """Layers from the best to the worst score; of equal scores the lower layer first."""
+    return sorted(sorted(scores), key=lambda layer: -scores[layer])
+
+
+def _count(scores: Mapping[int, float], options: SelectionOptions) -> int:
+    """k, the number of layers that ``top_percent`` and every control choose."""
+    if options.num_layers is None:
+        return max(int(len(scores) * options.percent / 100), 1)
+    if options.num_layers > len(scores):
+        raise PlanError(f"num_layers={options.num_layers}, but the model has {len(scores)} layers. Ask for fewer.")
+    return options.num_layers
+
+
+def _cost_of(scores: Mapping[int, float], options: SelectionOptions) -> CostModel:
+    if options.cost is None:
+        raise ValueError("a time budget needs a cost model: expected options.cost, got None. Pass cost_model(...).")
+    if sorted(scores) != list(range(options.cost.num_layers)):
+        raise ValueError(
+            f"scores are of layers {_ranges(sorted(scores))}, the cost model is of layers "
+            f"0-{options.cost.num_layers - 1}. Make both from the same model."
+        )
+    return options.cost
+
+
+def _check_percent(name: str, percent: float) -> None:
+    if not 1 <= percent <= 100:
+        raise ValueError(f"{name}={percent}, expected a percentage from 1 to 100. Use 50 for half of the layers.")
+
+
+def _checked(layer_scores: Mapping[int, float]) -> dict[int, float]:
+    """The scores as a plain dict, because a probe result computes each one anew."""
+    scores = {int(layer): float(score) for layer, score in layer_scores.items()}
+    if not scores:
+        raise ValueError("layer_scores must hold a score for at least one layer, got none. Pass a probe's result.")
+    for layer, score in scores.items():
+        if not math.isfinite(score):
+            raise ValueError(f"layer_scores must be finite numbers, got {score} for layer {layer}. Probe again.")
+    return scores
+
+
+def _check_shares(scores: Mapping[int, float]) -> None:
+    if min(scores.values()) < 0 or not any(scores.values()):
+        raise ValueError(
+            "shares of a total need scores >= 0 that are not all 0, "
+            f"got {min(scores.values()):g} to {max(scores.values()):g}. Use top_percent, which only compares."
+        )
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """(0, 1, 2, 3, 9, 11, 12) -> "0-3, 9, 11-12"."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], layer]
+        else:
+            parts.append([layer])
+    return ", ".join("-".join(str(end) for end in part) for part in parts)
