@@ -1,0 +1,284 @@
+"""A model and rows -> a plan: probe, score, cost, choose, rank; and the plan as a file for people to read and edit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import LoraConfig
+
+from .adapter import lora_config
+from .allocation import AllocationOptions, ModuleRank, allocate, trainable_params
+from .anatomy import ModelAnatomy, anatomy
+from .cost import CostModel, StepShape, cost_model
+from .data import TokenizedRows, batches, tokenize
+from .errors import PlanError
+from .files import write_json
+from .probe import Mode, probe
+from .probe_result import ProbeResult
+from .scores import layer_scores
+from .selection import LayerSelection, ParetoPoint, SelectionOptions, pareto, select
+
+FORMAT = "aletheia-plan/1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """How a plan is made."""
+
+    score: str = "gradient_norm"
+    """Which statistic scores a layer: a key of ``scores.SCORES``."""
+    strategy: str = "budget"
+    """Which rule chooses the layers: a key of ``selection.STRATEGIES``."""
+    percent: float = 50
+    """Share of layers to choose, for strategies that go by number."""
+    num_layers: int | None = None
+    """Number of layers to choose; overrides ``percent`` and caps ``budget``."""
+    mass: float = 0.8
+    """Share of the total score to hold, for ``mass``."""
+    time_budget: float = 0.6
+    """Predicted step time allowed, as a share of uniform LoRA's, for ``budget``."""
+    allocation: str = "matched"
+    """Which rule gives the ranks: a key of ``allocation.ALLOCATIONS``."""
+    rank: int = 16
+    """Rank of uniform LoRA, the yardstick for parameters and time."""
+    attention_rank: int = 16
+    """Rank of attention modules under ``asymmetric``."""
+    mlp_rank: int = 64
+    """Rank of MLP modules and experts under ``asymmetric``."""
+    alpha_ratio: float = 2.0
+    """lora_alpha / rank, the same on every module."""
+    targets: tuple[str, ...] | None = None
+    """Leaf or full module names to adapt; all that can be adapted if left out."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters."""
+    probe_batches: int = 8
+    """Batches read by the probe."""
+    probe_batch_size: int = 1
+    """Rows in a probe batch."""
+    probe_mode: Mode = "auto"
+    """``exact``, ``gram`` or the cheaper of the two for each weight."""
+    seed: int = 0
+    """Seed of everything random in the plan."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers, why, with which ranks, and what that is predicted to cost."""
+
+    anatomy: ModelAnatomy
+    options: PlanOptions
+    scores: dict[int, float]
+    selection: LayerSelection
+    ranks: tuple[ModuleRank, ...]
+    pareto: tuple[ParetoPoint, ...]
+    probe: ProbeResult | None
+    """What the scores were made from; None for a plan made without a probe."""
+
+    @property
+    def lora_dropout(self) -> float:
+        """Dropout before the adapters."""
+        return self.options.lora_dropout
+
+    @property
+    def trainable_params(self) -> int:
+        """Weights that will train."""
+        return trainable_params(self.ranks)
+
+    def lora_config(self) -> LoraConfig:
+        """An ordinary ``peft.LoraConfig`` naming every adapted module in full."""
+        return lora_config(self.anatomy, self.ranks, lora_dropout=self.lora_dropout)
+
+    def check_fits(self, model: Any) -> None:
+        """Check that the plan was made for a model of this shape.
+
+        Raises:
+            PlanError: If the model's fingerprint differs.
+        """
+        found = anatomy(model)
+        if found.fingerprint != self.anatomy.fingerprint:
+            raise PlanError(
+                f"this plan was made for {self.anatomy.architecture} ({self.anatomy.fingerprint}), but the model is "
+                f"{found.architecture} ({found.fingerprint}). Make a plan for this model."
+            )
+
+    def __str__(self) -> str:
+        """Which layers, why, what it costs; a few lines for a person."""
+        lines = [f"{self.anatomy.architecture}: {self.selection.describe()}"]
+        if self.probe is not None:
+            overlap = self.probe.split_half_overlap()
+            lines.append(
+                f"probe: {self.probe.num_batches} batches in {self.probe.seconds:.1f} s, score {self.options.score}, "
+                f"spread {self.probe.spread:.1f}, split-half overlap {overlap:.2f}"
+            )
+            if self.probe.is_flat:
+                lines.append(
+                    f"the profile is flat (max/min {self.probe.spread:.2f} < 2.5): the scores hardly tell layers "
+                    "apart, so cost decides; ranks in proportion to such scores have cost accuracy (arXiv 2605.07366)"
+                )
+        ranks = sorted({entry.rank for entry in self.ranks})
+        lines.append(
+            f"ranks: {self.options.allocation}, {', '.join(map(str, ranks))}; "
+            f"{self.trainable_params:,} trainable weights in {len(self.ranks)} modules"
+        )
+        if self.selection.lowest == 0:
+            lines.append("layer 0 is among them, so backward runs through the whole model and little time is saved")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON types."""
+        return {
+            "format": FORMAT,
+            "anatomy": self.anatomy.to_dict(),
+            "options": asdict(self.options),
+            "scores": {str(layer): score for layer, score in self.scores.items()},
+            "selection": self.selection.to_dict(),
+            "ranks": [asdict(entry) for entry in self.ranks],
+            "pareto": [asdict(point) for point in self.pareto],
+            "probe": None if self.probe is None else self.probe.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Plan:
+        """Read back what :meth:`to_dict` wrote, edited by hand or not.
+
+        Raises:
+            PlanError: If the record is of another format, lacks a part, or names layers or modules twice or unknown.
+        """
+        if record.get("format") != FORMAT:
+            raise PlanError(f"not a plan: format is {record.get('format')!r}, expected {FORMAT!r}.")
+        missing = [key.name for key in fields(cls) if key.name not in record]
+        if missing:
+            raise PlanError(f"the plan lacks {missing}. Make it again with `aletheia plan`.")
+        options = dict(record["options"])
+        if options.get("targets") is not None:
+            options["targets"] = tuple(options["targets"])
+        made = cls(
+            anatomy=ModelAnatomy.from_dict(record["anatomy"]),
+            options=PlanOptions(**options),
+            scores={int(layer): float(score) for layer, score in record["scores"].items()},
+            selection=LayerSelection.from_dict(record["selection"]),
+            ranks=tuple(ModuleRank(**entry) for entry in record["ranks"]),
+            pareto=tuple(ParetoPoint(**{**point, "layers": tuple(point["layers"])}) for point in record["pareto"]),
+            probe=None if record["probe"] is None else ProbeResult.from_dict(record["probe"]),
+        )
+        layers = made.anatomy.check_layers(made.selection.layers)
+        if {entry.layer_idx for entry in made.ranks} - set(layers):
+            raise PlanError("the plan gives ranks to layers it does not select. Edit both, or make it again.")
+        made.lora_config()
+        return made
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, whole or not at all."""
+        return write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: If the file is missing, not JSON, or not a plan.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {str(path)!r}: {error.strerror}.") from error
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{str(path)!r} is not JSON (line {error.lineno}): {error.msg}.") from error
+
+
+def plan(
+    model: Any,
+    rows: TokenizedRows | Sequence[Mapping[str, Any]] | Any,
+    *,
+    tokenizer: Any = None,
+    max_length: int = 1024,
+    progress: bool = False,
+    **options: Any,
+) -> Plan:
+    """Probe the model on the rows and plan what to adapt: probe -> score -> cost -> choose -> rank.
+
+    Args:
+        model: Causal language model; left exactly as found.
+        rows: Rows in TRL's formats, or :class:`~aletheia_lora.data.TokenizedRows`.
+        tokenizer: Needed for rows that are not tokenized.
+        max_length: Tokens kept per row.
+        progress: Show a progress bar.
+        **options: The fields of :class:`PlanOptions`, e.g. ``time_budget=0.6``, ``strategy="top_percent"``.
+
+    Raises:
+        DataError: If the rows cannot be tokenized, or there are fewer than one batch.
+        ProbeError: If the probe cannot be trusted.
+        PlanError: If the budget or the ranks cannot be met.
+        ValueError: If an option is unknown or out of range.
+    """
+    chosen = PlanOptions(**options)
+    tokenized = rows if isinstance(rows, TokenizedRows) else tokenize(rows, tokenizer, max_length=max_length)
+    found = anatomy(model)
+    pad = getattr(tokenizer, "pad_token_id", None) or 0
+    chosen_rows = np.random.default_rng(chosen.seed).permutation(len(tokenized))
+    count = min(chosen.probe_batches * chosen.probe_batch_size, len(tokenized))
+    sample = [tokenized[int(index)] for index in chosen_rows[:count]]
+    measured = probe(
+        model,
+        list(batches(sample, min(chosen.probe_batch_size, len(sample)), pad)),
+        mode=chosen.probe_mode,
+        taylor=chosen.score == "taylor",
+        anatomy_=found,
+        progress=progress,
+    )
+    return plan_from_probe(found, measured, chosen, model=model)
+
+
+def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOptions, *, model: Any = None) -> Plan:
+    """The part of planning that needs no data: score -> cost -> choose -> rank.
+
+    Raises:
+        PlanError: If the probe is of another model, or the budget or ranks cannot be met.
+        ValueError: If an option names something unknown.
+    """
+    if measured.fingerprint != found.fingerprint:
+        raise PlanError(
+            f"the probe is of a model {measured.fingerprint}, but this one is {found.fingerprint}. Probe this model."
+        )
+    rng = np.random.default_rng(options.seed)
+    scores = layer_scores(options.score, measured, model=model, rng=rng)
+    choice = SelectionOptions(
+        percent=options.percent,
+        num_layers=options.num_layers,
+        mass=options.mass,
+        time_budget=options.time_budget,
+        rank=options.rank,
+        seed=options.seed,
+        cost=probe_cost(found, measured),
+    )
+    selection = select(scores, options.strategy, choice)
+    ranks = allocate(
+        found,
+        selection.layers,
+        options.allocation,
+        AllocationOptions(
+            rank=options.rank,
+            alpha_ratio=options.alpha_ratio,
+            attention_rank=options.attention_rank,
+            mlp_rank=options.mlp_rank,
+            module_scores={tensor.name: sum(tensor.grad_norm) for tensor in measured.tensors if tensor.adaptable},
+            is_flat=measured.is_flat,
+            targets=options.targets,
+        ),
+    )
+    frontier = tuple(pareto(scores, choice)) if min(scores.values()) >= 0 and max(scores.values()) > 0 else ()
+    return Plan(found, options, scores, selection, ranks, frontier, measured)
+
+
+def probe_cost(found: ModelAnatomy, measured: ProbeResult) -> CostModel:
+    """The cost model for training on batches like those that were probed."""
+    count = measured.num_batches
+    tokens = max(sum(measured.num_tokens) // count, 1)
+    labelled = min(max(sum(measured.num_labelled_tokens) // count, 1), tokens)
+    length = max(tokens // measured.batch_size, 1)
+    return cost_model(found, StepShape(num_tokens=tokens, num_labelled_tokens=labelled, sequence_length=length))
