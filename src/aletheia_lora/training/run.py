@@ -1,0 +1,195 @@
+"""A model, a plan and rows -> an adapter folder: weights, configuration, plan, record and model card.
+
+The folder appears whole, when training ended well, or not at all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+import trl
+from transformers import TrainerCallback
+
+from ..adapter import census
+from ..data import TokenizedRows
+from ..errors import ConfigError, DataError, OutputError
+from ..files import check_writable, whole_folder, write_bytes, write_json
+from ..planning import Plan
+from .trainer import SFTTrainer
+
+FORMAT = "aletheia-train/1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """How an adapter is trained."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    batch_size: int = 4
+    """Rows in a micro-batch."""
+    gradient_accumulation: int = 1
+    """Micro-batches in a step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate, decaying linearly to 0."""
+    gradient_checkpointing: bool = False
+    """Recompute activations from the lowest adapted layer up: less memory, more time."""
+    seed: int = 0
+    """Seed of the adapters' start and of the order of rows."""
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        for name in ("steps", "batch_size", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}, expected at least 1.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ConfigError(f"learning_rate={self.learning_rate}, expected a positive number.")
+
+
+def train_adapter(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    rows: TokenizedRows,
+    output: Path,
+    options: TrainOptions,
+    *,
+    model_name: str = "model",
+    say: Callable[[str], None] = lambda _line: None,
+) -> dict[str, Any]:
+    """Train the plan's adapters on the rows and write the adapter folder.
+
+    Args:
+        model: Base model; afterwards without adapters again.
+        tokenizer: Its tokenizer, saved beside the adapter.
+        plan: What to adapt.
+        rows: Rows to train on.
+        output: The folder to make; must not hold anything yet.
+        options: Steps, rate, checkpointing.
+        model_name: The base model's name, for the card.
+        say: Called with a line of progress now and then.
+
+    Returns:
+        The record that is also written as ``record.json``.
+
+    Raises:
+        OutputError: If the folder cannot be written or holds files; found out before training.
+        DataError: If there are fewer rows than a batch.
+        NonFiniteLossError: If a loss is NaN or infinite; nothing is written then.
+    """
+    check_output(output)
+    if len(rows) < options.batch_size:
+        raise DataError(
+            f"{len(rows)} rows are fewer than a batch of {options.batch_size}. Add rows or lower batch_size."
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        args = trl.SFTConfig(
+            output_dir=scratch,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.gradient_accumulation,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="linear",
+            gradient_checkpointing=options.gradient_checkpointing,
+            bf16=False,
+            max_length=None,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=options.seed,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+        )
+        trainer = SFTTrainer(model, args, plan=plan, train_dataset=rows, processing_class=tokenizer)
+        adapted = trainer.model
+        try:
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.add_callback(_Progress(say))
+            started = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - started
+            record = _record(plan, options, trainer, seconds, rows, model_name)
+            with whole_folder(output) as folder:
+                adapted.save_pretrained(str(folder), save_embedding_layers=False)
+                tokenizer.save_pretrained(str(folder))
+                plan.save(folder / "plan.json")
+                write_json(folder / "record.json", record)
+                write_bytes(folder / "README.md", model_card(plan, record).encode())
+        finally:
+            adapted.unload()
+    return record
+
+
+def check_output(output: Path) -> None:
+    """Check that the folder can be made and holds nothing yet.
+
+    Raises:
+        OutputError: If not; says which and what to do.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{str(output)!r} exists and is not an empty folder. Choose another, or remove it.")
+    check_writable(output.parent)
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """One line per tenth of the way, with the time left."""
+        step, total = state.global_step, args.max_steps
+        if logs and "loss" in logs and step and (step % max(total // 10, 1) == 0 or step == total):
+            left = (time.perf_counter() - self.started) / step * (total - step)
+            self.say(f"step {step} of {total}, loss {logs['loss']:.4f}, {left:.0f} s left")
+
+
+def _record(
+    plan: Plan, options: TrainOptions, trainer: SFTTrainer, seconds: float, rows: TokenizedRows, model_name: str
+) -> dict[str, Any]:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "format": FORMAT,
+        "model": model_name,
+        "fingerprint": plan.anatomy.fingerprint,
+        "layers": list(plan.selection.layers),
+        "adapters": [{"name": e.name, "rank": e.rank, "alpha": e.alpha} for e in census(trainer.model)],
+        "trainable_params": plan.trainable_params,
+        "options": {name: getattr(options, name) for name in options.__dataclass_fields__},
+        "train_rows": len(rows),
+        "train_digest": rows.digest,
+        "seconds": seconds,
+        "probe_seconds": plan.probe.seconds if plan.probe is not None else None,
+        "lowest_backward_layer": trainer.lowest_backward_layer,
+        "dead_adapters": trainer.dead_adapters,
+        "losses": losses,
+    }
+
+
+def model_card(plan: Plan, record: dict[str, Any]) -> str:
+    """The adapter's README: which layers, why, and what was measured."""
+    losses = record["losses"]
+    return f"""---
+library_name: peft
+base_model: {record["model"]}
+tags: [lora, aletheia-lora]
+---
+
+# LoRA adapter on {len(plan.selection.layers)} of {plan.anatomy.num_layers} layers
+
+{plan.selection.describe()}.
+
+- strategy {plan.options.strategy} on score {plan.options.score}; ranks {plan.options.allocation}
+- {plan.trainable_params:,} trainable weights in {len(plan.ranks)} modules, found there by census before the first step
+- backward stopped at layer {record["lowest_backward_layer"]} (measured)
+- {record["options"]["steps"]} steps in {record["seconds"]:.0f} s; loss {losses[0]:.4f} first, {losses[-1]:.4f} last
+- load with `peft.PeftModel.from_pretrained`; `plan.json` and `record.json` beside this file hold the rest
+
+Whether another choice of layers would have done better is not shown here: `aletheia compare` measures that.
+"""

@@ -1,0 +1,182 @@
+"""The glue to TRL's ``SFTTrainer``: attach by plan, cut the backward, look at labelled logits only, stop on a NaN."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoTokenizer, TrainerCallback
+
+from ..adapter import attach, check_census, dead_adapters
+from ..data import TokenizedRows, tokenize
+from ..errors import NonFiniteLossError, PlanError
+from ..loss import labelled_loss
+from ..planning import Plan
+from .truncation import Truncation, backward_depth
+
+try:  # TRL's fused head projects labelled positions only where Triton runs; elsewhere it projects all of them
+    from trl.kernels.chunked_logprob import _use_triton as trl_skips_unlabelled
+except ImportError:
+
+    def trl_skips_unlabelled(device: torch.device) -> bool:
+        """Another TRL: always look at labelled logits only."""
+        return False
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """TRL's ``SFTTrainer`` that adapts the layers of a plan and saves the time which that allows.
+
+    Same losses and gradients as PEFT under any other trainer; what differs is the work that is not done: no graph
+    below the lowest adapted layer, activation checkpointing (when on) from there up only, logits only where a label
+    is. After :meth:`train`, ``lowest_backward_layer`` says where backward really stopped, and ``dead_adapters`` names
+    adapters that got no gradient in the first step.
+    """
+
+    model: Any
+    args: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: trl.SFTConfig | None = None,
+        *,
+        plan: Plan,
+        train_dataset: Dataset | TokenizedRows | Sequence[Mapping[str, Any]],
+        eval_dataset: Dataset | TokenizedRows | Sequence[Mapping[str, Any]] | None = None,
+        processing_class: Any = None,
+        completion_only: bool = True,
+        **trl_arguments: Any,
+    ) -> None:
+        """Attach the plan's adapters to ``model`` and set up TRL's trainer around it.
+
+        Args:
+            model: The base model, or a ``PeftModel`` that already carries exactly the plan's adapters.
+            args: TRL's configuration.
+            plan: What to adapt, with which ranks.
+            train_dataset: Rows in TRL's formats, or tokenized (``input_ids``, ``labels``).
+            eval_dataset: Likewise.
+            processing_class: The tokenizer; found beside the model if left out.
+            completion_only: Put the loss on completions and assistant turns only.
+            **trl_arguments: Everything else that ``trl.SFTTrainer`` takes.
+
+        Raises:
+            PlanError: If the plan was made for another model.
+            CensusError: If the adapters on the model are not those of the plan.
+            DataError: If the rows cannot be tokenized or carry no label.
+        """
+        args = trl.SFTConfig(use_cpu=next(model.parameters()).device.type == "cpu") if args is None else args
+        if "peft_config" in trl_arguments:
+            raise PlanError("peft_config was given beside a plan. Leave it out: the plan says what to adapt.")
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        max_length = args.max_length
+        train_dataset = _dataset(train_dataset, processing_class, max_length, completion_only)
+        eval_dataset = (
+            None if eval_dataset is None else _dataset(eval_dataset, processing_class, max_length, completion_only)
+        )
+        self.plan = plan
+        self.lowest_backward_layer: int | None = None
+        self.dead_adapters: list[str] = []
+        if isinstance(model, PeftModel):
+            check_census(model, plan.ranks)
+        else:
+            plan.check_fits(model)
+            model = attach(model, plan.anatomy, plan.ranks, lora_dropout=plan.lora_dropout, seed=args.seed)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **trl_arguments,
+            )
+        check_census(self.model, plan.ranks)
+        self._truncate = _Truncate(self)
+        self.add_callback(self._truncate)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does; the cut is removed afterwards, also on failure."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._truncate.remove()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward and backward; raises before the optimizer sees a loss that is NaN or infinite.
+
+        Raises:
+            NonFiniteLossError: Names the step; the weights are those of the step before.
+        """
+        if self.lowest_backward_layer is None:
+            with backward_depth(self.model.get_base_model()) as reached:
+                loss = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+            self.lowest_backward_layer = min(reached, default=-1)
+            self.dead_adapters = dead_adapters(self.model)
+        else:
+            loss = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteLossError(
+                f"the loss of step {self.state.global_step + 1} is {float(loss)}; training stopped before the update. "
+                "Lower the learning rate, clip gradients, or look at the rows of that batch."
+            )
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean next-token loss with logits where a label is; TRL's fused head wherever its kernel does that already."""
+        ours = (
+            not return_outputs
+            and self.args.loss_type == "nll"
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and not self.aux_loss_enabled
+            and not trl_skips_unlabelled(inputs["input_ids"].device)
+            and self.accelerator.num_processes == 1
+        )
+        if not ours:
+            return super().compute_loss(  # type: ignore[no-untyped-call]
+                model, inputs, return_outputs, num_items_in_batch
+            )
+        mode = "train" if self.model.training else "eval"
+        if mode == "train" and "attention_mask" in inputs:
+            self._total_train_tokens += int(inputs["attention_mask"].sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return labelled_loss(model, inputs, num_labels=num_items_in_batch)
+
+
+class _Truncate(TrainerCallback):
+    """Cut the graph while training runs; late, since trainers add input-gradient hooks when training starts."""
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.trainer = trainer
+        self.truncation: Truncation | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Cut."""
+        reentrant = (
+            bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant")) and args.gradient_checkpointing
+        )
+        base_model = self.trainer.model.get_base_model()
+        self.truncation = Truncation(base_model, self.trainer.plan.selection.lowest, reentrant=reentrant)
+
+    def remove(self) -> None:
+        """Put the model back as TRL expects it."""
+        if self.truncation is not None:
+            self.truncation.remove()
+            self.truncation = None
+
+
+def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:
+    if isinstance(rows, TokenizedRows):
+        return rows.to_dataset()
+    if isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names):
+        return rows
+    return tokenize(rows, tokenizer, max_length=max_length or 1024, completion_only=completion_only).to_dataset()

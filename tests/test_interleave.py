@@ -1,0 +1,113 @@
+import time
+
+import pytest
+import torch
+
+from aletheia_lora.training.interleave import Turn, take_turns
+
+
+def test_runs_take_turns_step_by_step_and_shorter_runs_leave():
+    order = []
+
+    def run(name, steps):
+        def work(turn: Turn):
+            turn.begin()
+            for step in range(steps):
+                order.append((name, step))
+                turn.end_of_step()
+
+        return work
+
+    assert take_turns([run("a", 3), run("b", 1), run("c", 2)]) == [None, None, None]
+    assert order == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1), ("a", 2)]
+
+
+def test_each_run_has_random_numbers_of_its_own_and_the_caller_keeps_its_own():
+    def draws(others):
+        found = []
+
+        def work(turn: Turn):
+            turn.begin()
+            torch.manual_seed(7)
+            for _ in range(3):
+                found.append(float(torch.rand(())))
+                turn.end_of_step()
+
+        def noise(turn: Turn):
+            turn.begin()
+            for _ in range(3):
+                torch.rand(5)
+                turn.end_of_step()
+
+        take_turns([work, *[noise] * others])
+        return found
+
+    before = torch.get_rng_state()
+    assert draws(0) == draws(2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_clock_ticks_in_its_own_turns_only():
+    seconds = {}
+
+    def run(name, nap, pause=0.0):
+        def work(turn: Turn):
+            turn.begin()
+            for _ in range(2):
+                time.sleep(nap)
+                turn.pause()
+                time.sleep(pause)
+                turn.resume()
+                turn.end_of_step()
+            seconds[name] = turn.seconds
+
+        return work
+
+    take_turns([run("slow", 0.05), run("fast", 0.0, pause=0.05)])
+    assert seconds["slow"] >= 0.1
+    assert seconds["fast"] < 0.05
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on():
+    done = []
+
+    def good(turn: Turn):
+        turn.begin()
+        for _ in range(3):
+            turn.end_of_step()
+        done.append(True)
+
+    def bad(turn: Turn):
+        turn.begin()
+        turn.end_of_step()
+        raise ValueError("broken")
+
+    errors = take_turns([bad, good])
+    assert isinstance(errors[0], ValueError) and errors[1] is None and done == [True]
+
+
+def test_an_interruption_stops_every_run_and_is_raised(monkeypatch):
+    stopped = []
+
+    def endless(turn: Turn):
+        turn.begin()
+        try:
+            while True:
+                time.sleep(0.001)
+                turn.end_of_step()
+        finally:
+            stopped.append(True)
+
+    real_join = take_turns.__globals__["threading"].Thread.join
+    calls = []
+
+    def join(self, timeout=None):
+        calls.append(timeout)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real_join(self, timeout)
+
+    monkeypatch.setattr("threading.Thread.join", join)
+    with pytest.raises(KeyboardInterrupt):
+        take_turns([endless, endless])
+    assert stopped == [True, True]
