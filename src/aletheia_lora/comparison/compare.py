@@ -1,0 +1,229 @@
+"""Arms -> trained runs and their record: real trainers that take turns on one machine, over the same frozen weights."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import transformers
+import trl
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..adapter import attach
+from ..data import TokenizedRow, TokenizedRows, batches, collate
+from ..errors import DataError
+from ..loss import heldout_loss
+from ..planning import Plan
+from ..training.interleave import Turn, take_turns
+from ..training.trainer import SFTTrainer
+from ..training.truncation import backward_depth
+from .arms import Arm, CompareOptions, planned_arms, time_matched
+from .record import make_record
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    train: TokenizedRows,
+    validation: TokenizedRows,
+    options: CompareOptions,
+    *,
+    model_name: str = "model",
+    data_name: str = "data",
+    say: Callable[[str], None] = lambda _line: None,
+) -> dict[str, Any]:
+    """Train every arm and return the record; the caller's model is left as found.
+
+    The arms share the frozen weights of ``model``; each has modules and adapters of its own.
+
+    Args:
+        model: Base model.
+        tokenizer: Its tokenizer, which TRL wants for padding.
+        plan: The selection under test.
+        train: Rows to train on, in the order of the seed.
+        validation: Held-out rows, disjoint from ``train``.
+        options: Steps, rates, controls.
+        model_name: For the record.
+        data_name: For the record.
+        say: Called with a line of progress now and then.
+
+    Raises:
+        DataError: If there are fewer rows than a batch.
+        PlanError: If the plan is not for this model.
+    """
+    plan.check_fits(model)
+    if len(train) < options.batch_size:
+        raise DataError(
+            f"{len(train)} training rows are fewer than a batch of {options.batch_size}. Add rows or lower batch_size."
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    held_out = _all_batches(validation, options.batch_size, pad)
+    base_loss = heldout_loss(model, held_out)
+    say(f"held-out loss before training {base_loss:.4f} ({len(validation)} rows)")
+    arms = planned_arms(plan, options)
+    rows = train.to_dataset()
+    runs = [_run_of(arm, model, tokenizer, rows, held_out, pad, options, say) for arm in arms]
+    errors = take_turns(runs)
+    for arm, error in zip(arms, errors, strict=True):
+        if error is not None:
+            arm.failed = f"{type(error).__name__}: {error}"
+            say(f"{arm.name} failed: {arm.failed}")
+    uniform, selected = arms[0], next(arm for arm in arms if arm.name == "selected")
+    for needed in (uniform, selected):
+        error = errors[arms.index(needed)]
+        if error is not None:
+            raise error
+    if options.matched_time:
+        matched = time_matched(selected, uniform, plan, options)
+        if matched is not None:
+            say(
+                f"training the selection for {matched.steps} steps, the time that uniform LoRA took for {options.steps}"
+            )
+            error = take_turns([_run_of(matched, model, tokenizer, rows, held_out, pad, options, say)])[0]
+            if error is not None:
+                raise error
+            arms.append(matched)
+    return make_record(plan, options, arms, base_loss, model_name, data_name, train, validation)
+
+
+def shared_copy(model: nn.Module) -> Any:
+    """A copy of the model with modules of its own over the same weights: adapters can differ, memory is shared."""
+    tensors = [*model.parameters(), *model.buffers()]
+    flags = [tensor.requires_grad for tensor in tensors]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for tensor, flag in zip(tensors, flags, strict=True):
+        tensor.requires_grad_(flag)
+    return twin
+
+
+def _run_of(
+    arm: Arm,
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    held_out: list[dict[str, Tensor]],
+    pad: int,
+    options: CompareOptions,
+    say: Callable[[str], None],
+) -> Callable[[Turn], None]:
+    def run(turn: Turn) -> None:
+        turn.begin()
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+                warnings.simplefilter("ignore")
+                adapted = attach(shared_copy(model), arm.plan.anatomy, arm.plan.ranks, seed=options.seed)
+                trainer = _trainer(arm, adapted, tokenizer, rows, pad, options, folder)
+                watch = _Watch(arm, turn, adapted, held_out, max(arm.steps // options.evaluations, 1), say)
+                trainer.add_callback(watch)
+                trainer.train()
+                arm.lowest_backward_layer = min(watch.reached, default=None)
+                arm.train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    return run
+
+
+def _trainer(
+    arm: Arm, adapted: PeftModel, tokenizer: Any, rows: Dataset, pad: int, options: CompareOptions, folder: str
+) -> Any:
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": arm.steps,
+        "per_device_train_batch_size": options.batch_size,
+        "learning_rate": arm.learning_rate,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": options.seed,
+        "data_seed": options.seed,
+        "use_cpu": next(adapted.parameters()).device.type == "cpu",
+    }
+    if arm.trainer == "trainer":
+        args = TrainingArguments(**common, remove_unused_columns=False)
+        trainer: Any = Trainer(model=adapted, args=args, train_dataset=rows, data_collator=_collator(pad))
+    else:
+        fast: dict[str, Any] = (
+            {} if arm.trainer == "trl_as_shipped" else {"gradient_checkpointing": False, "bf16": False}
+        )
+        args = trl.SFTConfig(**common, **fast, max_length=None)
+        if arm.trainer == "aletheia":
+            trainer = SFTTrainer(
+                adapted, args, plan=arm.plan, train_dataset=rows, processing_class=copy.deepcopy(tokenizer)
+            )
+        else:
+            trainer = trl.SFTTrainer(adapted, args, train_dataset=rows, processing_class=copy.deepcopy(tokenizer))
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+class _Watch(TrainerCallback):
+    """Times each step by the run's own clock, evaluates beside it, and hands the turn on."""
+
+    def __init__(
+        self,
+        arm: Arm,
+        turn: Turn,
+        adapted: PeftModel,
+        held_out: list[dict[str, Tensor]],
+        every: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.arm, self.turn, self.adapted, self.held_out, self.every, self.say = (
+            arm,
+            turn,
+            adapted,
+            held_out,
+            every,
+            say,
+        )
+        self.reached: list[int] = []
+        self.depth: Any = None
+        self.before = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock of the first step starts here: building a trainer is not a training step."""
+        self.depth = backward_depth(self.adapted.get_base_model())
+        self.reached = self.depth.__enter__()
+        self.turn.end_of_step()
+        self.before = self.turn.seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step's seconds, evaluate if due, and let the next run have its step."""
+        self.turn.pause()
+        self.arm.step_seconds.append(self.turn.seconds - self.before)
+        if self.depth is not None:
+            self.depth.__exit__(None, None, None)
+            self.depth = None
+        step = state.global_step
+        if self.arm.full and (
+            step == args.max_steps or (step % self.every == 0 and step + self.every <= args.max_steps)
+        ):
+            loss = heldout_loss(self.adapted, self.held_out)
+            self.arm.heldout.append({"step": step, "seconds": self.arm.total_seconds, "loss": loss})
+            seconds = f"{self.arm.total_seconds:.0f} s"
+            self.say(f"{self.arm.name}: step {step} of {args.max_steps}, {seconds}, held-out loss {loss:.4f}")
+        self.turn.resume()
+        self.turn.end_of_step()
+        self.before = self.turn.seconds
+
+
+def _collator(pad: int) -> Callable[[list[Mapping[str, Any]]], dict[str, Tensor]]:
+    return lambda rows: collate([TokenizedRow(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows], pad)
+
+
+def _all_batches(rows: TokenizedRows, batch_size: int, pad: int) -> list[dict[str, Tensor]]:
+    """Every row, shortest first so that little is padded; the last batch may be smaller."""
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    return list(batches(ordered, min(batch_size, len(ordered)), pad))

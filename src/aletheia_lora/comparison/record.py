@@ -1,0 +1,129 @@
+"""Finished arms -> the record ``compare.json``, from which every table, figure and claim is made."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..data import TokenizedRows
+from ..planning import Plan
+from .arms import Arm, CompareOptions
+
+FORMAT = "aletheia-compare/1"
+
+
+def make_record(
+    plan: Plan,
+    options: CompareOptions,
+    arms: list[Arm],
+    base_loss: float,
+    model_name: str,
+    data_name: str,
+    train: TokenizedRows,
+    validation: TokenizedRows,
+) -> dict[str, Any]:
+    """The whole comparison as plain JSON types, without names of hosts, users or folders."""
+    probe = plan.probe
+    return {
+        "format": FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": model_name,
+        "architecture": plan.anatomy.architecture,
+        "num_layers": plan.anatomy.num_layers,
+        "data": data_name,
+        "environment": environment(),
+        "settings": {
+            **{name: getattr(options, name) for name in options.__dataclass_fields__ if name != "controls"},
+            "controls": ", ".join(options.controls) or "none",
+            "strategy": plan.options.strategy,
+            "score": plan.options.score,
+            "time_budget": plan.options.time_budget,
+            "allocation": plan.options.allocation,
+            "rank": plan.options.rank,
+            "train_rows": len(train),
+            "heldout_rows": len(validation),
+            "heldout_labelled_tokens": sum(row.num_labelled for row in validation),
+            "train_digest": train.digest,
+            "heldout_digest": validation.digest,
+        },
+        "probe": {
+            "scores": [plan.scores[layer] for layer in sorted(plan.scores)],
+            "standard_errors": [float(e) for e in probe.standard_errors()] if probe is not None else [],
+            "seconds": probe.seconds if probe is not None else 0.0,
+            "num_batches": probe.num_batches if probe is not None else 0,
+            "spread": probe.spread if probe is not None else float("nan"),
+            "split_half_overlap": probe.split_half_overlap() if probe is not None else float("nan"),
+            "peak_memory_bytes": probe.peak_memory_bytes if probe is not None else None,
+        },
+        "selection": {
+            **plan.selection.to_dict(),
+            "describe": plan.selection.describe(),
+            "lowest": plan.selection.lowest,
+        },
+        "pareto": [
+            {
+                "lowest": point.lowest,
+                "num_layers": len(point.layers),
+                "layers": list(point.layers),
+                "score_share": point.score_share,
+                "predicted_time_share": point.predicted_time_share,
+            }
+            for point in plan.pareto
+        ],
+        "base_heldout_loss": base_loss,
+        "arms": [arm.to_dict() for arm in arms],
+        "summary": summarize(arms, plan),
+    }
+
+
+def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
+    """The figures that the comparison stands for, each a ratio of medians of steps taken in turns.
+
+    ``speedup_ratio``: uniform LoRA under plain PEFT and Trainer over the selection with its probe, for the same steps.
+    ``selection_ratio``: the same against the fastest uniform run, whichever trainer that was. ``trainer_ratio``: what
+    our trainer alone does for uniform LoRA.
+    """
+    by_name = {arm.name: arm for arm in arms}
+    uniform, selected = by_name["uniform"], by_name["selected"]
+    per_step = {arm.name: median(arm.step_seconds[1:] or arm.step_seconds) for arm in arms if arm.step_seconds}
+    uniforms = [arm.name for arm in arms if arm.role == "uniform" and not arm.failed and arm.name in per_step]
+    fastest = min(uniforms, key=lambda name: per_step[name])
+    selected_seconds = per_step["selected"] * selected.steps + selected.probe_seconds
+    matched = by_name.get("selected_time_matched")
+    ours = per_step.get("uniform_aletheia")
+    return {
+        "speedup_ratio": per_step["uniform"] * uniform.steps / selected_seconds,
+        "selection_ratio": per_step[fastest] * uniform.steps / selected_seconds,
+        "step_speedup_ratio": per_step["uniform"] / per_step["selected"],
+        "step_selection_ratio": per_step[fastest] / per_step["selected"],
+        "trainer_ratio": per_step["uniform"] / ours if ours else float("nan"),
+        "fastest_uniform": fastest,
+        "uniform_seconds": uniform.total_seconds,
+        "selected_seconds": selected.total_seconds,
+        "uniform_heldout_loss": uniform.heldout[-1]["loss"],
+        "selected_heldout_loss": selected.heldout[-1]["loss"],
+        "time_matched_heldout_loss": matched.heldout[-1]["loss"] if matched and matched.heldout else None,
+        "time_matched_steps": matched.steps if matched else None,
+        "selected_layers": list(plan.selection.layers),
+        "probe_seconds": selected.probe_seconds,
+        "probe_share": selected.probe_seconds / sum(selected.step_seconds) if selected.step_seconds else float("nan"),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, without names of hosts, users or folders."""
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    packages = ("torch", "transformers", "peft", "trl", "accelerate")
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "threads": str(torch.get_num_threads()),
+        "device": device,
+    }
