@@ -1,0 +1,221 @@
+"""Arguments -> the functions of ``runs.py`` -> printed lines; no logic of its own.
+
+Flags are made from the fields of ``RunConfig``, so a flag, a key of the configuration file and a field of the record
+are always the same word.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import AletheiaError
+from .run_config import GROUPS, RunConfig, resolve
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Find the layers worth adapting, LoRA-fine-tune only those, and prove what that saved and cost.",
+)
+_PLANNING = ("data", "probe", "plan")
+DEMO: dict[str, Any] = {"steps": 30, "batch_size": 4, "max_length": 192, "validation_rows": 48, "timed_steps": 6}
+
+
+def main() -> None:
+    """Entry point of the command ``aletheia``."""
+    try:
+        app(standalone_mode=False)
+    except AletheiaError as error:
+        _fail(str(error))
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was left behind", code=130)
+    except typer.Abort:
+        _fail("interrupted", code=130)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of the parser
+            _fail(error.format_message(), code=int(error.exit_code))
+        raise
+
+
+def _fail(message: str, code: int = 1) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _command(
+    name: str,
+    help_text: str,
+    groups: tuple[str, ...],
+    arguments: tuple[str, ...],
+    run: str,
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    """Register a command whose flags are the fields of the given groups."""
+    fields = [key for group in groups for key in GROUPS[group]]
+
+    def command(**flags: Any) -> None:
+        config = resolve(flags.pop("config"), {k: v for k, v in flags.items() if k not in ("dry_run", "as_json")})
+        _execute(config, run, dry_run=flags["dry_run"], as_json=flags["as_json"], show=show)
+
+    parameters = []
+    for key in (*arguments, *(key for key in fields if key not in arguments)):
+        field = RunConfig.model_fields[key]
+        default = field.default if field.default not in (None, []) else "none"
+        text = f"{field.description} (default: {default})"
+        kind = (
+            typer.Argument(help=field.description) if key in arguments else typer.Option(help=text, show_default=False)
+        )
+        parameters.append(_parameter(key, Annotated[_optional(field.annotation), kind]))
+    parameters += [
+        _parameter("config", Annotated[Path | None, typer.Option(help="A run.yaml; flags go on top.")]),
+        _parameter(
+            "dry_run", Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and stop.")], False
+        ),
+        _parameter(
+            "as_json", Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")], False
+        ),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(name, help=help_text)(command)
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _optional(annotation: Any) -> Any:
+    text = str(annotation)
+    if "Literal" in text:
+        return str | None
+    return annotation if "None" in text else annotation | None
+
+
+def _execute(
+    config: RunConfig, run: str, *, dry_run: bool, as_json: bool, show: Callable[[dict[str, Any]], None]
+) -> None:
+    if dry_run:
+        print(config.model_dump_json(indent=None if as_json else 1))
+        return
+    from . import runs  # late: it loads torch
+
+    record = getattr(runs, run)(config, _say)
+    if as_json:
+        from .files import json_text
+
+        print(json_text(record))
+    else:
+        show(record)
+
+
+# --- how each record is shown to a person -----------------------------------------------------------------------------
+
+
+def _show_doctor(record: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"{record['architecture']}: {record['num_layers']} layers, {record['num_params']:,} weights")
+    console.print(
+        f"can be adapted: {record['adaptable_share']:.1%} of the layers' matrix weights, {record['modules_per_kind']}"
+    )
+    for reason, count in record["left_out"].items():
+        console.print(f"left out: {count:,} weights: {reason}", markup=False)
+    if record["trial_forward"] != "ran":
+        console.print(f"the trial forward {record['trial_forward']}: unused matrices may be among them", markup=False)
+
+
+def _show_probe(record: dict[str, Any]) -> None:
+    top = max(record["scores"]) or 1.0
+    for layer, score in enumerate(record["scores"]):
+        print(f"{layer:4d} {score:12.5g} {'█' * round(40 * score / top)}")
+    print(
+        f"{record['seconds']:.1f} s, spread {record['spread']:.2f}, "
+        f"split-half overlap {record['split_half_overlap']:.2f}"
+    )
+    for file in record.get("files", []):
+        print(f"wrote {file}")
+
+
+def _show_plan(record: dict[str, Any]) -> None:
+    print(record["text"])
+
+
+def _show_train(record: dict[str, Any]) -> None:
+    print(record["text"])
+    print(f"{record['options']['steps']} steps in {record['seconds']:.0f} s, last loss {record['losses'][-1]:.4f}")
+    print(f"backward stopped at layer {record['lowest_backward_layer']} (measured)")
+    print(f"wrote {record['output']}")
+
+
+def _show_compare(record: dict[str, Any]) -> None:
+    from .report.page import finding
+    from .report.tables import comparison_table, markdown
+
+    print(markdown(comparison_table(record)))
+    print(finding(record))
+    print(f"page: {record['page']}")
+
+
+_command(
+    "doctor", "What can be adapted in a model, what not and why.", ("model",), ("model",), "run_doctor", _show_doctor
+)
+_command(
+    "probe",
+    "Score every layer on your data; --output FOLDER keeps scores.json and a picture.",
+    ("model", "data", "probe", "output"),
+    ("model", "data"),
+    "run_probe",
+    _show_probe,
+)
+_command(
+    "plan",
+    "Choose layers and ranks, and predict what that saves; --output plan.json keeps it.",
+    ("model", *_PLANNING, "output"),
+    ("model", "data"),
+    "run_plan",
+    _show_plan,
+)
+_command(
+    "train",
+    "Train an adapter by plan; --output FOLDER takes it.",
+    ("model", *_PLANNING, "train", "train_only", "output"),
+    ("model", "data"),
+    "run_train",
+    _show_train,
+)
+_command(
+    "compare",
+    "Selected layers against uniform LoRA (and --controls): same rows, order and steps; a table and a page.",
+    ("model", *_PLANNING, "train", "compare", "output"),
+    ("model", "data"),
+    "run_compare",
+    _show_compare,
+)
+
+
+@app.command("demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the page, plots and records.")] = Path("aletheia-demo"),
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each full run.")] = DEMO["steps"],
+    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the JSON object.")] = False,
+) -> None:
+    """The whole story on the embedded model and data; the last line printed is one JSON object."""
+    from . import runs
+    from .files import json_text
+
+    record = runs.run_compare(resolve(None, {**DEMO, "steps": steps, "output": output}), _say)
+    if not as_json:
+        _show_compare(record)
+    print(json_text({**record["summary"], "page": record["page"]}))

@@ -1,0 +1,142 @@
+"""One schema for every command: the keys of ``run.yaml`` and the flags are the same words, described once, here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError, nearest
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "model": ("model", "dtype", "device"),
+    "data": (
+        "data",
+        "split",
+        "prompt_column",
+        "completion_column",
+        "completion_only",
+        "max_length",
+        "max_rows",
+        "validation_rows",
+    ),
+    "probe": ("score", "probe_batches", "probe_batch_size", "probe_mode", "seed"),
+    "plan": (
+        "strategy",
+        "time_budget",
+        "percent",
+        "num_layers",
+        "mass",
+        "allocation",
+        "rank",
+        "attention_rank",
+        "mlp_rank",
+        "alpha_ratio",
+        "targets",
+        "lora_dropout",
+    ),
+    "train": ("plan", "steps", "batch_size", "learning_rate"),
+    "train_only": ("gradient_accumulation", "gradient_checkpointing"),
+    "compare": ("uniform_learning_rate", "timed_steps", "evaluations", "controls", "matched_time"),
+    "output": ("output",),
+}
+
+
+class RunConfig(BaseModel):
+    """Everything a command can be told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("embedded", description="Hub id or local folder; 'embedded' is SmolLM2-135M-Instruct.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("auto", description="Weights in memory.")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', ...")
+    data: str = Field("embedded", description="Hub id, or jsonl/json/parquet/csv file; 'embedded' is docstrings.")
+    split: str | None = Field(None, description="Split of a hub data set.")
+    prompt_column: str | None = Field(None, description="Column with the prompt.")
+    completion_column: str | None = Field(None, description="Column with the completion.")
+    completion_only: bool = Field(True, description="Loss on completions and assistant turns only.")
+    max_length: int = Field(512, ge=2, description="Tokens kept per row.")
+    max_rows: int | None = Field(None, ge=1, description="Read at most so many rows.")
+    validation_rows: int = Field(64, ge=1, description="Rows held out.")
+    score: str = Field("gradient_norm", description="What scores a layer.")
+    probe_batches: int = Field(8, ge=1, description="Batches read by the probe.")
+    probe_batch_size: int = Field(1, ge=1, description="Rows in a probe batch.")
+    probe_mode: Literal["auto", "exact", "gram"] = Field("auto", description="How gradient norms are found.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    strategy: str = Field("budget", description="What chooses the layers.")
+    time_budget: float = Field(0.6, gt=0, le=1, description="Step time allowed, as a share of uniform LoRA's.")
+    percent: float = Field(50, ge=1, le=100, description="Share of layers, for strategies that go by number.")
+    num_layers: int | None = Field(None, ge=1, description="Number of layers; caps 'budget'.")
+    mass: float = Field(0.8, gt=0, le=1, description="Share of the total score to hold, for 'mass'.")
+    allocation: str = Field("matched", description="What gives the ranks.")
+    rank: int = Field(16, description="Rank of uniform LoRA, the yardstick.")
+    attention_rank: int = Field(16, description="Rank of attention modules, for 'asymmetric'.")
+    mlp_rank: int = Field(64, description="Rank of MLP modules and experts, for 'asymmetric'.")
+    alpha_ratio: float = Field(2.0, gt=0, description="lora_alpha / rank, everywhere.")
+    targets: list[str] | None = Field(None, description="Module names to adapt; all adaptable ones if left out.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    plan: Path | None = Field(None, description="A plan.json to use instead of making one.")
+    steps: int = Field(40, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(4, ge=1, description="Rows in a step.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate, decaying linearly.")
+    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches in a step.")
+    gradient_checkpointing: bool = Field(False, description="Less memory, more time; from the lowest layer up.")
+    uniform_learning_rate: float | None = Field(None, gt=0, description="Uniform LoRA's own peak learning rate.")
+    timed_steps: int = Field(8, ge=1, description="Steps of runs that are there for their time only.")
+    evaluations: int = Field(4, ge=1, description="Held-out evaluations along a run.")
+    controls: list[str] = Field([], description="Strategies to train beside the selection, e.g. random, last.")
+    matched_time: bool = Field(True, description="Also train the selection for as long as uniform took.")
+    output: Path | None = Field(None, description="Folder or file to write.")
+
+    def subset(self, options_class: Any) -> dict[str, Any]:
+        """The keys that an options dataclass shares with this configuration."""
+        return {
+            name: getattr(self, name) for name in options_class.__dataclass_fields__ if name in type(self).model_fields
+        }
+
+
+def resolve(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
+    """A configuration file with flags on top.
+
+    Raises:
+        ConfigError: If the file cannot be read, is not a mapping, or has an unknown or ill-typed key; names the
+            nearest right key.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{str(path)!r} is not YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(
+                f"{str(path)!r} holds a {type(loaded).__name__}, expected keys and values, e.g. `steps: 40`."
+            )
+        values.update(loaded or {})
+    values.update({key: value for key, value in flags.items() if value is not None})
+    return configuration(values)
+
+
+def configuration(values: Mapping[str, Any]) -> RunConfig:
+    """Check keys and values.
+
+    Raises:
+        ConfigError: For an unknown key (names the nearest) or a value of the wrong type or range.
+    """
+    for key, value in values.items():
+        if key not in RunConfig.model_fields:
+            raise ConfigError(f"unknown key {key!r}. {nearest(str(key), RunConfig.model_fields)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value}, expected a finite number.")
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{key}={first.get('input')!r}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error

@@ -1,0 +1,209 @@
+"""A resolved configuration -> what a command does, as a plain record: doctor, probe, plan, train, compare.
+
+Commands differ from library calls only in that they load the model and the data by name and write files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from .anatomy import anatomy
+from .comparison import CompareOptions, compare
+from .data import Parts, TokenizedRows, split, tokenize
+from .embedded import load_embedded_model, split_by_module, standard_library_rows
+from .errors import ConfigError, UnsupportedModelError
+from .files import check_writable, write_bytes, write_json
+from .planning import Plan, PlanOptions, plan
+from .report.page import finding, write_page
+from .report.plots import plot_probe_scores
+from .rows import load_rows
+from .run_config import RunConfig
+from .training.run import TrainOptions, check_output, train_adapter
+
+Say = Callable[[str], None]
+EMBEDDED = "embedded"
+EMBEDDED_NAMES = {"model": "SmolLM2-135M-Instruct", "data": "docstrings of the Python standard library"}
+
+
+def run_doctor(config: RunConfig, say: Say) -> dict[str, Any]:
+    """What can be adapted in this model, what not, and why."""
+    model, _ = load_model(config, say)
+    found = anatomy(model)
+    reasons: Counter[str] = Counter()
+    for item in found.left_out:
+        reasons[item.reason] += item.num_params
+    return {
+        "architecture": found.architecture,
+        "model_type": found.model_type,
+        "num_layers": found.num_layers,
+        "num_params": found.num_params,
+        "fingerprint": found.fingerprint,
+        "adaptable_share": found.adaptable_share,
+        "modules_per_kind": dict(Counter(module.kind for module in found.modules)),
+        "storage": dict(Counter(module.storage for module in found.modules)),
+        "left_out": dict(reasons),
+        "trial_forward": found.trial_forward,
+        "layers": [
+            {
+                "layer_idx": layer.layer_idx,
+                "num_params": layer.num_params,
+                "modules": [module.name.removeprefix(f"{layer.name}.") for module in layer.modules],
+            }
+            for layer in found.layers
+        ],
+    }
+
+
+def run_probe(config: RunConfig, say: Say) -> dict[str, Any]:
+    """Probe and score; writes ``scores.json`` and ``scores.png`` into the output folder, if one is given."""
+    folder = _folder(config)
+    made = _plan(config, say, *_model_and_data(config, say))
+    assert made.probe is not None
+    record = made.probe.to_dict()
+    record["score"], record["scores"] = config.score, [made.scores[layer] for layer in sorted(made.scores)]
+    if folder is not None:
+        record["files"] = [str(write_json(folder / "scores.json", record))]
+        errors = made.probe.standard_errors().tolist() if config.score == "gradient_norm" else None
+        picture = plot_probe_scores(record["scores"], errors, score=config.score)
+        record["files"].append(str(write_bytes(folder / "scores.png", picture)))
+    return record
+
+
+def run_plan(config: RunConfig, say: Say) -> dict[str, Any]:
+    """Plan what to adapt; writes ``plan.json`` to the output, if one is given."""
+    target = config.output
+    if target is not None:
+        target = target if target.suffix == ".json" else target / "plan.json"
+        check_writable(target.parent)
+    made = _plan(config, say, *_model_and_data(config, say))
+    if target is not None:
+        made.save(target)
+        say(f"wrote {target}")
+    return {**made.to_dict(), "text": str(made), "file": None if target is None else str(target)}
+
+
+def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
+    """Train the planned adapters and write the adapter folder."""
+    if config.output is None:
+        raise ConfigError("output is missing: say which folder to write the adapter to, e.g. --output my-adapter.")
+    check_output(config.output)
+    options = TrainOptions(**config.subset(TrainOptions))
+    model, tokenizer, parts = _model_and_data(config, say)
+    made = _plan(config, say, model, tokenizer, parts)
+    record = train_adapter(
+        model, tokenizer, made, parts.train, config.output, options, model_name=_shown(config, "model"), say=say
+    )
+    return {**record, "text": str(made), "output": str(config.output)}
+
+
+def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
+    """Compare the selection with uniform LoRA; writes ``compare.json``, plots and a page into the output folder."""
+    folder = check_writable(config.output if config.output is not None else Path("aletheia-compare"))
+    options = CompareOptions(**{**config.subset(CompareOptions), "controls": tuple(config.controls)})
+    model, tokenizer, parts = _model_and_data(config, say)
+    made = _plan(config, say, model, tokenizer, parts)
+    say(str(made))
+    record = compare(
+        model,
+        tokenizer,
+        made,
+        parts.train,
+        parts.validation,
+        options,
+        model_name=_shown(config, "model"),
+        data_name=_shown(config, "data"),
+        say=say,
+    )
+    write_json(folder / "compare.json", record)
+    made.save(folder / "plan.json")
+    page = write_page(record, folder)
+    say(finding(record))
+    return {**record, "page": str(page)}
+
+
+def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
+    """The model and tokenizer that the configuration names, on their device.
+
+    Raises:
+        UnsupportedModelError: If nothing of that name can be loaded as a causal language model.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    say(f"loading {_shown(config, 'model')}")
+    if config.model == EMBEDDED:
+        model, tokenizer = load_embedded_model()
+        if config.dtype in ("bfloat16", "float16"):
+            model = model.to(getattr(torch, config.dtype))
+    else:
+        dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(config.model)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"cannot load {config.model!r} as a causal language model: {str(error).splitlines()[0]} "
+                "Expected a hub id, or a folder that save_pretrained wrote."
+            ) from error
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    return model.to(device), tokenizer
+
+
+def load_parts(config: RunConfig, tokenizer: Any, say: Say) -> Parts:
+    """Tokenized rows in three disjoint parts: to probe with, to train on, held out.
+
+    Raises:
+        DataError: If the data cannot be read, tokenized, or split.
+    """
+    say(f"reading {_shown(config, 'data')}")
+    probe_rows = config.probe_batches * config.probe_batch_size
+
+    def tokens(rows: Any) -> TokenizedRows:
+        return tokenize(
+            rows,
+            tokenizer,
+            max_length=config.max_length,
+            completion_only=config.completion_only,
+            prompt_column=config.prompt_column,
+            completion_column=config.completion_column,
+        )
+
+    if config.data == EMBEDDED:
+        train_rows, validation_rows = split_by_module(standard_library_rows(), seed=config.seed)
+        validation = tokens(validation_rows[: config.validation_rows])
+        parts = split(tokens(train_rows[: config.max_rows]), seed=config.seed, probe=probe_rows, validation=0)
+        return Parts(probe=parts.probe, train=parts.train, validation=validation)
+    rows = load_rows(config.data, split=config.split)[: config.max_rows]
+    return split(tokens(rows), seed=config.seed, probe=probe_rows, validation=config.validation_rows)
+
+
+def _model_and_data(config: RunConfig, say: Say) -> tuple[Any, Any, Parts]:
+    model, tokenizer = load_model(config, say)
+    return model, tokenizer, load_parts(config, tokenizer, say)
+
+
+def _plan(config: RunConfig, say: Say, model: Any, tokenizer: Any, parts: Parts) -> Plan:
+    if config.plan is not None:
+        made = Plan.load(config.plan)
+        made.check_fits(model)
+        return made
+    say(f"probing {config.probe_batches} batches")
+    options = config.subset(PlanOptions)
+    options["targets"] = None if config.targets is None else tuple(config.targets)
+    return plan(model, parts.probe, tokenizer=tokenizer, progress=True, **options)
+
+
+def _folder(config: RunConfig) -> Path | None:
+    return None if config.output is None else check_writable(config.output)
+
+
+def _shown(config: RunConfig, what: str) -> str:
+    """A name for people: the last part of a path, never the path."""
+    value = str(getattr(config, what))
+    return EMBEDDED_NAMES[what] if value == EMBEDDED else Path(value).name if Path(value).exists() else value
