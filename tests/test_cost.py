@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from aletheia_lora.anatomy import ModelAnatomy, anatomy
-from aletheia_lora.cost import LOW_RANK_PENALTY, CostModel, StepShape, cost_model
+from aletheia_lora.cost import ADAPTER_OVERHEAD_RANKS, BACKWARD_PENALTY, HEAD_PENALTY, CostModel, StepShape, cost_model
 from aletheia_lora.errors import PlanError
 
 SHAPE = StepShape(num_tokens=40, num_labelled_tokens=10, sequence_length=20)
@@ -57,27 +57,47 @@ PAPER = [*range(4), *range(9, 20)]
         (range(22, 30), True, 3.64),
     ],
 )
-def test_prediction_is_within_twelve_percent_of_the_measured_step(
+def test_prediction_is_within_ten_percent_of_the_measured_step(
     smollm2: CostModel, layers: Any, prefix_cached: bool, measured_speedup: float
 ) -> None:
     predicted = smollm2.uniform(all_logits=True) / smollm2.step(layers, prefix_cached=prefix_cached)
-    assert predicted == pytest.approx(measured_speedup, rel=0.12)
+    assert predicted == pytest.approx(measured_speedup, rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("layers", "prefix_cached", "measured_speedup"),
     [(PAPER, False, 1.16), (range(9, 24), False, 1.28), (range(15, 30), False, 1.54), (range(15, 30), True, 1.86)],
 )
-def test_prediction_with_all_logits_is_within_twelve_percent_too(
+def test_prediction_with_all_logits_is_within_ten_percent_too(
     smollm2: CostModel, layers: Any, prefix_cached: bool, measured_speedup: float
 ) -> None:
     share = smollm2.share(layers, prefix_cached=prefix_cached, all_logits=True)
-    assert 1 / share == pytest.approx(measured_speedup, rel=0.12)
+    assert 1 / share == pytest.approx(measured_speedup, rel=0.1)
+
+
+# Likewise on another day: 872 positions, 364 with a label, in seconds; plain uniform LoRA took 6.47.
+@pytest.mark.parametrize(
+    ("layers", "rank", "measured_seconds"),
+    [
+        (range(15, 30), 8, 3.67),
+        (range(15, 30), 16, 3.69),
+        (range(15, 30), 32, 3.68),
+        (range(15, 30), 64, 4.09),
+        ([15], 16, 3.38),
+        (range(20, 30), 16, 3.15),
+        (range(30), 16, 5.22),
+    ],
+)
+def test_prediction_at_other_ranks_is_within_ten_percent(
+    smollm2: CostModel, layers: Any, rank: int, measured_seconds: float
+) -> None:
+    predicted = smollm2.uniform(all_logits=True) / smollm2.step(layers, rank=rank)
+    assert predicted == pytest.approx(6.47 / measured_seconds, rel=0.1)
 
 
 def test_checkpointing_uniform_lora_costs_what_was_measured(smollm2: CostModel) -> None:
     predicted = smollm2.uniform(all_logits=True) / smollm2.uniform(all_logits=True, checkpointing=True)
-    assert predicted == pytest.approx(0.78, rel=0.12)
+    assert predicted == pytest.approx(0.78, rel=0.1)
 
 
 def test_parts_equal_a_count_by_hand(tiny: ModelAnatomy) -> None:
@@ -86,19 +106,20 @@ def test_parts_equal_a_count_by_hand(tiny: ModelAnatomy) -> None:
     sides = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
     scores = 4 * 40 * 20 * 32
     assert cost.forward == (2 * params * 40 + scores,) * 4
-    assert cost.backward == (2 * params * 40 + 2 * scores,) * 4
-    assert cost.adapter_per_rank == (LOW_RANK_PENALTY * 6 * 40 * sides,) * 4
-    assert (cost.head, cost.head_all_tokens) == (4 * 10 * 64 * 32, 4 * 40 * 64 * 32)
+    assert cost.backward == (BACKWARD_PENALTY * (2 * params * 40 + 2 * scores),) * 4
+    assert cost.adapter_per_rank == (6 * 40 * sides,) * 4
+    assert (cost.head, cost.head_all_tokens) == (HEAD_PENALTY * 4 * 10 * 64 * 32, HEAD_PENALTY * 4 * 40 * 64 * 32)
 
 
 def test_a_step_is_the_sum_of_the_written_equation() -> None:
     cost = CostModel((1.0, 2.0, 4.0), (10.0, 20.0, 40.0), (0.1, 0.2, 0.4), 100.0, 300.0)
-    assert cost.step([1, 2], rank=1) == pytest.approx(7 + 60 + 0.6 + 100)
-    assert cost.step([0, 2], rank={0: 2, 2: 3}) == pytest.approx(7 + 70 + 0.2 + 1.2 + 100)
-    assert cost.step([1], rank=1, checkpointing=True) == pytest.approx(7 + 60 + 0.2 + 100 + 6)
-    assert cost.step([1], rank=1, prefix_cached=True) == pytest.approx(6 + 60 + 0.2 + 100)
-    assert cost.step([1], rank=1, all_logits=True) == pytest.approx(7 + 60 + 0.2 + 300)
-    assert cost.step([2], rank=1, checkpointing=True, prefix_cached=True) == pytest.approx(4 + 40 + 0.4 + 100 + 4)
+    rank1 = 1 - ADAPTER_OVERHEAD_RANKS  # so that an adapter costs one rank in all
+    assert cost.step([1, 2], rank=rank1) == pytest.approx(7 + 60 + 0.6 + 100)
+    assert cost.step([0, 2], rank={0: rank1 + 1, 2: rank1 + 2}) == pytest.approx(7 + 70 + 0.2 + 1.2 + 100)
+    assert cost.step([1], rank=rank1, checkpointing=True) == pytest.approx(7 + 60 + 0.2 + 100 + 6)
+    assert cost.step([1], rank=rank1, prefix_cached=True) == pytest.approx(6 + 60 + 0.2 + 100)
+    assert cost.step([1], rank=rank1, all_logits=True) == pytest.approx(7 + 60 + 0.2 + 300)
+    assert cost.step([2], rank=rank1, checkpointing=True, prefix_cached=True) == pytest.approx(4 + 40 + 0.4 + 100 + 4)
 
 
 def test_only_experts_that_a_token_passes_through_are_counted() -> None:
@@ -116,7 +137,7 @@ def test_only_experts_that_a_token_passes_through_are_counted() -> None:
         one, two = (cost_model(anatomy(MixtralForCausalLM(config)), SHAPE) for config.num_experts_per_tok in (1, 2))
     assert two.forward[0] - one.forward[0] == 2 * 40 * (3 * 32 * 48)
     sides = (32 + 96) + (48 + 32)  # gate and up are one stack
-    assert two.adapter_per_rank[0] - one.adapter_per_rank[0] == LOW_RANK_PENALTY * 6 * 40 * sides
+    assert two.adapter_per_rank[0] - one.adapter_per_rank[0] == 6 * 40 * sides
 
 
 def test_all_layers_cost_what_uniform_costs(tiny: ModelAnatomy) -> None:

@@ -34,7 +34,7 @@ class SelectionOptions:
     """Layers to choose, as a count. Overrides ``percent``; for ``budget`` it is an upper bound."""
     mass: float = 0.8
     """Share of the total score that ``mass`` keeps, 0 to 1."""
-    time_budget: float = 0.6
+    time_budget: float = 0.7
     """Predicted step time that ``budget`` may use, as a share of uniform LoRA's."""
     rank: int = 16
     """Rank that predictions of time assume, for the choice and for uniform LoRA."""
