@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from .allocation import AllocationOptions, ModuleRank, allocate, trainable_param
 from .anatomy import ModelAnatomy, anatomy
 from .cost import CostModel, StepShape, cost_model
 from .data import TokenizedRows, batches, tokenize
-from .errors import PlanError
+from .errors import PlanError, nearest
 from .files import write_json
 from .probe import Mode, probe
 from .probe_result import ProbeResult
@@ -40,7 +42,7 @@ class PlanOptions:
     """Number of layers to choose; overrides ``percent`` and caps ``budget``."""
     mass: float = 0.8
     """Share of the total score to hold, for ``mass``."""
-    time_budget: float = 0.6
+    time_budget: float = 0.7
     """Predicted step time allowed, as a share of uniform LoRA's, for ``budget``."""
     allocation: str = "matched"
     """Which rule gives the ranks: a key of ``allocation.ALLOCATIONS``."""
@@ -50,6 +52,8 @@ class PlanOptions:
     """Rank of attention modules under ``asymmetric``."""
     mlp_rank: int = 64
     """Rank of MLP modules and experts under ``asymmetric``."""
+    max_rank: int | None = None
+    """Highest rank that ``matched`` and ``proportional`` may give; many servers load 16 at most by default."""
     alpha_ratio: float = 2.0
     """lora_alpha / rank, the same on every module."""
     targets: tuple[str, ...] | None = None
@@ -112,8 +116,8 @@ class Plan:
         if self.probe is not None:
             overlap = self.probe.split_half_overlap()
             lines.append(
-                f"probe: {self.probe.num_batches} batches in {self.probe.seconds:.1f} s, score {self.options.score}, "
-                f"spread {self.probe.spread:.1f}, split-half overlap {overlap:.2f}"
+                f"probe: {self.probe.num_batches} batches in {self.probe.seconds:.1f} s, score {self.options.score}; "
+                f"of the gradient norms: spread {self.probe.spread:.1f}, split-half overlap {overlap:.2f}"
             )
             if self.probe.is_flat:
                 lines.append(
@@ -155,6 +159,9 @@ class Plan:
         if missing:
             raise PlanError(f"the plan lacks {missing}. Make it again with `aletheia plan`.")
         options = dict(record["options"])
+        unknown = sorted(set(options) - set(PlanOptions.__dataclass_fields__))
+        if unknown:
+            raise PlanError(f"unknown option {unknown[0]!r}. {nearest(unknown[0], PlanOptions.__dataclass_fields__)}")
         if options.get("targets") is not None:
             options["targets"] = tuple(options["targets"])
         made = cls(
@@ -170,7 +177,9 @@ class Plan:
         if {entry.layer_idx for entry in made.ranks} - set(layers):
             raise PlanError("the plan gives ranks to layers it does not select. Edit both, or make it again.")
         made.lora_config()
-        return made
+        modules = {module.name: module for module in made.anatomy.modules}
+        ranks = [replace(entry, num_params=modules[entry.name].adapter_params(entry.rank)) for entry in made.ranks]
+        return replace(made, ranks=tuple(ranks))
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
@@ -216,22 +225,45 @@ def plan(
         PlanError: If the budget or the ranks cannot be met.
         ValueError: If an option is unknown or out of range.
     """
+    for name in options:
+        if name not in PlanOptions.__dataclass_fields__:
+            raise ValueError(f"unknown option {name!r}. {nearest(name, PlanOptions.__dataclass_fields__)}")
     chosen = PlanOptions(**options)
+    found, measured = probe_rows(model, rows, chosen, tokenizer=tokenizer, max_length=max_length, progress=progress)
+    return plan_from_probe(found, measured, chosen, model=model)
+
+
+def probe_rows(
+    model: Any,
+    rows: TokenizedRows | Sequence[Mapping[str, Any]] | Any,
+    options: PlanOptions,
+    *,
+    tokenizer: Any = None,
+    max_length: int = 1024,
+    progress: bool = False,
+) -> tuple[ModelAnatomy, ProbeResult]:
+    """The part of planning that needs the model and data: its anatomy, and a probe on rows drawn by the seed.
+
+    Raises:
+        DataError: If the rows cannot be tokenized.
+        ProbeError: If the probe cannot be trusted.
+    """
     tokenized = rows if isinstance(rows, TokenizedRows) else tokenize(rows, tokenizer, max_length=max_length)
+    started = time.perf_counter()
     found = anatomy(model)
     pad = getattr(tokenizer, "pad_token_id", None) or 0
-    chosen_rows = np.random.default_rng(chosen.seed).permutation(len(tokenized))
-    count = min(chosen.probe_batches * chosen.probe_batch_size, len(tokenized))
-    sample = [tokenized[int(index)] for index in chosen_rows[:count]]
+    order = np.random.default_rng(options.seed).permutation(len(tokenized))
+    count = min(options.probe_batches * options.probe_batch_size, len(tokenized))
+    sample = [tokenized[int(index)] for index in order[:count]]
     measured = probe(
         model,
-        list(batches(sample, min(chosen.probe_batch_size, len(sample)), pad)),
-        mode=chosen.probe_mode,
-        taylor=chosen.score == "taylor",
+        list(batches(sample, min(options.probe_batch_size, len(sample)), pad)),
+        mode=options.probe_mode,
+        taylor=options.score == "taylor",
         anatomy_=found,
         progress=progress,
     )
-    return plan_from_probe(found, measured, chosen, model=model)
+    return found, replace(measured, seconds=time.perf_counter() - started)
 
 
 def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOptions, *, model: Any = None) -> Plan:
@@ -247,6 +279,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         )
     rng = np.random.default_rng(options.seed)
     scores = layer_scores(options.score, measured, model=model, rng=rng)
+    cost = probe_cost(found, measured)
     choice = SelectionOptions(
         percent=options.percent,
         num_layers=options.num_layers,
@@ -254,25 +287,43 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         time_budget=options.time_budget,
         rank=options.rank,
         seed=options.seed,
-        cost=probe_cost(found, measured),
-    )
-    selection = select(scores, options.strategy, choice)
-    ranks = allocate(
-        found,
-        selection.layers,
-        options.allocation,
-        AllocationOptions(
-            rank=options.rank,
-            alpha_ratio=options.alpha_ratio,
-            attention_rank=options.attention_rank,
-            mlp_rank=options.mlp_rank,
-            module_scores={tensor.name: sum(tensor.grad_norm) for tensor in measured.tensors if tensor.adaptable},
-            is_flat=measured.is_flat,
-            targets=options.targets,
-        ),
+        cost=cost,
     )
     frontier = tuple(pareto(scores, choice)) if min(scores.values()) >= 0 and max(scores.values()) > 0 else ()
+    while True:
+        selection = select(scores, options.strategy, choice)
+        ranks = allocate(found, selection.layers, options.allocation, allocation_options(options, measured))
+        share = cost.share(selection.layers, rank=mean_ranks(found, ranks), uniform_rank=options.rank)
+        if options.strategy != "budget" or share <= options.time_budget * (1 + 1e-9):
+            break
+        # The ranks that go with the choice cost more than the rank it was made at: choose within less.
+        choice = replace(choice, time_budget=choice.time_budget * min(options.time_budget / share, 0.999))
+    selection = replace(selection, predicted_time_share=share)
     return Plan(found, options, scores, selection, ranks, frontier, measured)
+
+
+def allocation_options(options: PlanOptions, measured: ProbeResult | None) -> AllocationOptions:
+    """What ``allocate`` is told for a plan with these options."""
+    tensors = () if measured is None else measured.tensors
+    return AllocationOptions(
+        rank=options.rank,
+        alpha_ratio=options.alpha_ratio,
+        attention_rank=options.attention_rank,
+        mlp_rank=options.mlp_rank,
+        max_rank=options.max_rank,
+        module_scores={tensor.name: sum(tensor.grad_norm) for tensor in tensors if tensor.adaptable} or None,
+        is_flat=measured is not None and measured.is_flat,
+        targets=options.targets,
+    )
+
+
+def mean_ranks(found: ModelAnatomy, ranks: Sequence[ModuleRank]) -> dict[int, float]:
+    """Each layer's mean rank over its modules, weighted by in + out: what its adapters cost by."""
+    params: Counter[int] = Counter()
+    for entry in ranks:
+        params[entry.layer_idx] += entry.num_params
+    one = {layer: sum(module.adapter_params(1) for module in found.layer(layer).modules) for layer in params}
+    return {layer: params[layer] / one[layer] for layer in params}
 
 
 def probe_cost(found: ModelAnatomy, measured: ProbeResult) -> CostModel:

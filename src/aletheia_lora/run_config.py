@@ -35,6 +35,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "rank",
         "attention_rank",
         "mlp_rank",
+        "max_rank",
         "alpha_ratio",
         "targets",
         "lora_dropout",
@@ -68,7 +69,7 @@ class RunConfig(BaseModel):
     probe_mode: Literal["auto", "exact", "gram"] = Field("auto", description="How gradient norms are found.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     strategy: str = Field("budget", description="What chooses the layers.")
-    time_budget: float = Field(0.6, gt=0, le=1, description="Step time allowed, as a share of uniform LoRA's.")
+    time_budget: float = Field(0.7, gt=0, le=1, description="Step time allowed, as a share of uniform LoRA's.")
     percent: float = Field(50, ge=1, le=100, description="Share of layers, for strategies that go by number.")
     num_layers: int | None = Field(None, ge=1, description="Number of layers; caps 'budget'.")
     mass: float = Field(0.8, gt=0, le=1, description="Share of the total score to hold, for 'mass'.")
@@ -76,6 +77,7 @@ class RunConfig(BaseModel):
     rank: int = Field(16, description="Rank of uniform LoRA, the yardstick.")
     attention_rank: int = Field(16, description="Rank of attention modules, for 'asymmetric'.")
     mlp_rank: int = Field(64, description="Rank of MLP modules and experts, for 'asymmetric'.")
+    max_rank: int | None = Field(None, ge=1, description="Highest rank that 'matched' and 'proportional' may give.")
     alpha_ratio: float = Field(2.0, gt=0, description="lora_alpha / rank, everywhere.")
     targets: list[str] | None = Field(None, description="Module names to adapt; all adaptable ones if left out.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
