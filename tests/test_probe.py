@@ -172,3 +172,40 @@ def test_gradient_probe_refuses_counts_that_cannot_be(tiny_llama, tokenized_rows
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="mode='fast'"):
         probe(build("llama"), random_batches(1), mode="fast")
+
+
+def test_quantized_weights_are_measured_as_they_are():
+    class Int8Linear(nn.Module):
+        """A linear map whose weight is stored as int8 with one scale, as quantization libraries do."""
+
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.scale = float(linear.weight.detach().abs().max()) / 127
+            self.weight = nn.Parameter(
+                (linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False
+            )
+
+        def forward(self, hidden):
+            return nn.functional.linear(hidden, self.weight.to(hidden.dtype) * self.scale)
+
+    model, plain, batches = build("llama"), build("llama"), random_batches(2)
+    for layer, twin in zip(model.model.layers, plain.model.layers, strict=True):
+        layer.mlp.up_proj = Int8Linear(layer.mlp.up_proj)
+        twin.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.float() * layer.mlp.up_proj.scale
+    for mode in ("exact", "gram"):
+        result = probe(model, batches, mode=mode)
+        assert dict(result) == pytest.approx(reference_scores(plain, batches), rel=2e-6)
+        quantized = [tensor for tensor in result.tensors if tensor.name.endswith("up_proj")]
+        assert len(quantized) == 4 and all(
+            tensor.weight_norm is None and tensor.num_params == 32 * 64 for tensor in quantized
+        )
+
+
+def test_a_weight_tied_across_layers_is_measured_once():
+    model = build("llama")
+    model.model.layers[2].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    names = [tensor.name for tensor in probe(model, random_batches(1)).tensors if "up_proj" in tensor.name]
+    assert names == [f"model.layers.{layer}.mlp.up_proj" for layer in (0,)] + ["model.layers.1.mlp.up_proj.weight"] + [
+        "model.layers.3.mlp.up_proj"
+    ]

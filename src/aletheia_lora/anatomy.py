@@ -336,10 +336,24 @@ def kind_of(path: str) -> Kind:
             return "mlp"
     if any(
         word in leaf
-        for word in ("qkv", "q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "query", "key", "value", "attn")
+        for word in (
+            "qkv",
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "out_proj",
+            "c_attn",
+            "query",
+            "key",
+            "value",
+            "attn",
+        )
     ):
         return "attention"
-    if any(word in leaf for word in ("fc", "up", "down", "gate", "ffn", "mlp", "w1", "w2", "w3", "lin1", "lin2", "4h")):
+    if any(
+        word in leaf for word in ("fc", "up_", "down", "gate", "ffn", "mlp", "w1", "w2", "w3", "lin1", "lin2", "4h")
+    ):
         return "mlp"
     return "mixer"
 
@@ -419,11 +433,8 @@ def _modules_called(model: nn.Module, text_config: Any) -> tuple[set[int] | None
             model.train()
             model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
     except Exception as error:  # whatever a foreign forward raises, the anatomy still stands without the trial
-        if not called:
-            return (
-                None,
-                f"could not run ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})",
-            )
+        reason = str(error).splitlines()[0][:120] if str(error) else "no message"
+        return None, f"could not run ({type(error).__name__}: {reason})"
     finally:
         for handle in handles:
             handle.remove()

@@ -44,8 +44,10 @@ def gradient_probe(
 ) -> ProbeResult:
     """Score every layer by its gradient norm on a few rows of tokenized data; the documented entry point.
 
-    Draws ``probe_batches`` single rows and calls :func:`probe`. The loss is the one that training will use: labels as
-    given; without labels every token but padding.
+    Draws ``probe_batches`` single rows and calls :func:`probe` with exact gradients, whose float32 norms are those of
+    the public package. (The Gram form is nearer to float64: torch's norm of a large float32 tensor with outliers is
+    off by up to 1e-4.) The loss is the one that training will use: labels as given; without labels every token but
+    padding.
 
     Args:
         model: Causal language model on its device. Left exactly as found.
@@ -74,8 +76,12 @@ def gradient_probe(
         )
     batches = as_batches(dataset, num_batches=probe_batches, seed=seed)
     target = torch.device(device) if device is not None else next(model.parameters()).device
-    with torch.autocast("cuda", dtype=compute_dtype, enabled=target.type == "cuda"):
-        return probe(model, batches, anatomy_=found, device=target)
+
+    def loss_fn(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        with torch.autocast("cuda", dtype=compute_dtype, enabled=target.type == "cuda"):
+            return labelled_loss(model, batch)
+
+    return probe(model, batches, mode="exact", loss_fn=loss_fn, anatomy_=found, device=target)
 
 
 def probe(
@@ -98,7 +104,7 @@ def probe(
         model: Causal language model, in any weight format whose linear maps run as modules.
         batches: Each with ``input_ids``, ``attention_mask`` and ``labels`` of shape (batch, T).
         mode: ``exact`` forms each weight gradient and drops it; ``gram`` never forms one; ``auto`` takes the cheaper
-            for each weight: Gram while T * (in + out) < in * out.
+            for each weight: Gram while T * (in / u + out) < in * out, where u maps read the same input.
         taylor: Also measure sum |weight * gradient|, which needs the gradient and so implies ``exact``.
         loss_fn: ``(model, batch) -> scalar loss``; the mean next-token loss over labelled tokens if left out.
         device: Where to put the batches; the model's own device if left out.
@@ -159,6 +165,7 @@ class _Watch:
 
     def __init__(self, model: nn.Module, found: ModelAnatomy, mode: Mode, taylor: bool) -> None:
         self.mode, self.taylor = mode, taylor
+        self.device_type = next(model.parameters()).device.type
         self.handles: list[Any] = []
         self.kinds = {module.name: module.kind for module in found.modules}
         self.squares: dict[str, float] = {}
@@ -222,6 +229,10 @@ class _Watch:
 
     def _measure(self, name: str, module: nn.Module, input_key: int) -> None:
         """Norm of d(loss)/d(weight) from all calls of one linear map, then forget them."""
+        with torch.autocast(self.device_type, enabled=False):
+            self._measure_in_full_precision(name, module, input_key)
+
+    def _measure_in_full_precision(self, name: str, module: nn.Module, input_key: int) -> None:
         calls = self.calls[name]
         layer_idx, num_params, _, norm = self.owners[name]
         shape = linear_shape(module)
@@ -231,11 +242,11 @@ class _Watch:
         users = self.input_users.get(input_key, 1) if len(calls) == 1 else 1
         cheaper = num_rows * (in_features / users + out_features) < in_features * out_features
         use_gram = self.mode == "gram" or (self.mode == "auto" and cheaper)
-        x_TI = full_precision(torch.cat([inputs.reshape(-1, in_features) for inputs, _ in calls]))
-        g_TO = full_precision(torch.cat([grad.reshape(-1, out_features) for _, grad in calls if grad is not None]))
+        x_TI = _stacked([inputs for inputs, _ in calls], in_features)
+        g_TO = _stacked([gradient for _, gradient in calls if gradient is not None], out_features)
         if use_gram:
             gram_TT = self._input_gram(x_TI, calls[0][0], input_key if users > 1 else None)
-            self.squares[name] = float((gram_TT * (g_TO @ g_TO.T)).sum().clamp(min=0))
+            self.squares[name] = max(float(torch.dot(gram_TT.flatten(), (g_TO @ g_TO.T).flatten())), 0.0)
         else:
             grad_OI = g_TO.T @ x_TI
             self.squares[name] = float(grad_OI.norm()) ** 2
@@ -260,7 +271,7 @@ class _Watch:
     # --- everything else -----------------------------------------------------------------------------------------
 
     def _watch_parameter(self, name: str, parameter: nn.Parameter, layer_idx: int) -> None:
-        if name in self.owners:
+        if parameter.requires_grad:  # tied to a layer that is watched already
             return
         self.owners[name] = (layer_idx, parameter.numel(), "autograd", float(full_precision(parameter.detach()).norm()))
         parameter.requires_grad_(True)
@@ -324,6 +335,12 @@ class _Watch:
             for name, (layer_idx, num_params, method, norm) in self.owners.items()
         ]
         return tuple(sorted(records, key=lambda record: record.layer_idx))
+
+
+def _stacked(tensors: Sequence[Tensor], features: int) -> Tensor:
+    """All rows of the tensors, (rows, features), in float32 or better; no copy where there is one such tensor."""
+    flat = [full_precision(tensor.reshape(-1, features)) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 @contextlib.contextmanager
