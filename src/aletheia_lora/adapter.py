@@ -6,6 +6,7 @@ meant: into unselected layers of mixture-of-experts models, vision towers and sh
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,6 +122,19 @@ def attach(
             parameter.requires_grad_(flag)
         raise
     return peft_model
+
+
+def shared_copy(model: nn.Module) -> Any:
+    """A copy of the model with modules of its own over the same weights: adapters and hooks of its own, shared memory.
+
+    The weights themselves are the caller's: a ``requires_grad`` flag set on one is set for both.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    flags = [tensor.requires_grad for tensor in tensors]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for tensor, flag in zip(tensors, flags, strict=True):
+        tensor.requires_grad_(flag)
+    return twin
 
 
 def census(model: nn.Module, adapter_name: str = "default") -> tuple[AdapterEntry, ...]:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..allocation import AllocationOptions, ModuleRank, allocate
+from ..allocation import ModuleRank, allocate
 from ..errors import ConfigError, nearest
-from ..planning import Plan
+from ..planning import Plan, allocation_options
 from ..selection import STRATEGIES, LayerSelection, SelectionOptions
 
 CONTROLS = ("random", "bottom", "middle", "first", "last", "stride", "top_percent")
@@ -128,13 +128,7 @@ def with_layers(plan: Plan, strategy: str, layers: Sequence[int], allocation: st
         plan.anatomy,
         tuple(layers),
         allocation,
-        AllocationOptions(
-            rank=options.rank,
-            alpha_ratio=options.alpha_ratio,
-            attention_rank=options.attention_rank,
-            mlp_rank=options.mlp_rank,
-            targets=options.targets,
-        ),
+        allocation_options(options, plan.probe),
     )
     total = sum(plan.scores.values())
     selection = LayerSelection(

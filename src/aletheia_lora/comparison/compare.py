@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import transformers
@@ -15,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..adapter import attach
+from ..adapter import attach, shared_copy
 from ..data import TokenizedRow, TokenizedRows, batches, collate
 from ..errors import DataError
 from ..loss import heldout_loss
@@ -69,38 +71,37 @@ def compare(
     say(f"held-out loss before training {base_loss:.4f} ({len(validation)} rows)")
     arms = planned_arms(plan, options)
     rows = train.to_dataset()
-    runs = [_run_of(arm, model, tokenizer, rows, held_out, pad, options, say) for arm in arms]
-    errors = take_turns(runs)
-    for arm, error in zip(arms, errors, strict=True):
-        if error is not None:
-            arm.failed = f"{type(error).__name__}: {error}"
-            say(f"{arm.name} failed: {arm.failed}")
-    uniform, selected = arms[0], next(arm for arm in arms if arm.name == "selected")
-    for needed in (uniform, selected):
-        error = errors[arms.index(needed)]
-        if error is not None:
-            raise error
-    if options.matched_time:
-        matched = time_matched(selected, uniform, plan, options)
-        if matched is not None:
-            say(
-                f"training the selection for {matched.steps} steps, the time that uniform LoRA took for {options.steps}"
-            )
-            error = take_turns([_run_of(matched, model, tokenizer, rows, held_out, pad, options, say)])[0]
+
+    def run(chosen: list[Arm]) -> None:
+        with _frozen_weights_put_back(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the trainers' own advice, once per arm
+            errors = take_turns([_run_of(arm, model, tokenizer, rows, held_out, pad, options, say) for arm in chosen])
+        for arm, error in zip(chosen, errors, strict=True):
+            if error is not None and arm.role != "control" and arm.full:
+                raise error  # without these two there is nothing to compare
             if error is not None:
-                raise error
-            arms.append(matched)
+                arm.failed = f"{type(error).__name__}: {error}"
+                say(f"{arm.name} failed: {arm.failed}")
+
+    run(arms)
+    uniform, selected = (next(arm for arm in arms if arm.name == name) for name in ("uniform", "selected"))
+    matched = time_matched(selected, uniform, plan, options) if options.matched_time else None
+    if matched is not None:
+        say(f"training the selection for {matched.steps} steps, which fit into uniform LoRA's time for {options.steps}")
+        run([matched])
+        arms.append(matched)
     return make_record(plan, options, arms, base_loss, model_name, data_name, train, validation)
 
 
-def shared_copy(model: nn.Module) -> Any:
-    """A copy of the model with modules of its own over the same weights: adapters can differ, memory is shared."""
-    tensors = [*model.parameters(), *model.buffers()]
-    flags = [tensor.requires_grad for tensor in tensors]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for tensor, flag in zip(tensors, flags, strict=True):
-        tensor.requires_grad_(flag)
-    return twin
+@contextlib.contextmanager
+def _frozen_weights_put_back(model: nn.Module) -> Iterator[None]:
+    """The arms share the model's weights and freeze them; afterwards their flags are as found."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _run_of(
@@ -115,20 +116,17 @@ def _run_of(
 ) -> Callable[[Turn], None]:
     def run(turn: Turn) -> None:
         turn.begin()
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-                warnings.simplefilter("ignore")
-                adapted = attach(shared_copy(model), arm.plan.anatomy, arm.plan.ranks, seed=options.seed)
-                trainer = _trainer(arm, adapted, tokenizer, rows, pad, options, folder)
-                watch = _Watch(arm, turn, adapted, held_out, max(arm.steps // options.evaluations, 1), say)
-                trainer.add_callback(watch)
-                trainer.train()
-                arm.lowest_backward_layer = min(watch.reached, default=None)
-                arm.train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        with tempfile.TemporaryDirectory() as folder:
+            plan = arm.plan
+            adapted = attach(
+                shared_copy(model), plan.anatomy, plan.ranks, lora_dropout=plan.lora_dropout, seed=options.seed
+            )
+            trainer = _trainer(arm, adapted, tokenizer, rows, pad, options, folder)
+            watch = _Watch(arm, turn, adapted, held_out, math.ceil(arm.steps / options.evaluations), say)
+            trainer.add_callback(watch)
+            trainer.train()
+            arm.lowest_backward_layer = min(watch.reached, default=None)
+            arm.train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     return run
 
@@ -180,14 +178,8 @@ class _Watch(TrainerCallback):
         every: int,
         say: Callable[[str], None],
     ) -> None:
-        self.arm, self.turn, self.adapted, self.held_out, self.every, self.say = (
-            arm,
-            turn,
-            adapted,
-            held_out,
-            every,
-            say,
-        )
+        self.arm, self.turn, self.adapted = arm, turn, adapted
+        self.held_out, self.every, self.say = held_out, every, say
         self.reached: list[int] = []
         self.depth: Any = None
         self.before = 0.0
@@ -207,9 +199,7 @@ class _Watch(TrainerCallback):
             self.depth.__exit__(None, None, None)
             self.depth = None
         step = state.global_step
-        if self.arm.full and (
-            step == args.max_steps or (step % self.every == 0 and step + self.every <= args.max_steps)
-        ):
+        if self.arm.full and (step == args.max_steps or step % self.every == 0):
             loss = heldout_loss(self.adapted, self.held_out)
             self.arm.heldout.append({"step": step, "seconds": self.arm.total_seconds, "loss": loss})
             seconds = f"{self.arm.total_seconds:.0f} s"

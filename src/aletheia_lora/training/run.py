@@ -16,7 +16,7 @@ import transformers
 import trl
 from transformers import TrainerCallback
 
-from ..adapter import census
+from ..adapter import census, shared_copy
 from ..data import TokenizedRows
 from ..errors import ConfigError, DataError, OutputError
 from ..files import check_writable, whole_folder, write_bytes, write_json
@@ -66,7 +66,7 @@ def train_adapter(
     """Train the plan's adapters on the rows and write the adapter folder.
 
     Args:
-        model: Base model; afterwards without adapters again.
+        model: Base model; left as found.
         tokenizer: Its tokenizer, saved beside the adapter.
         plan: What to adapt.
         rows: Rows to train on.
@@ -106,9 +106,9 @@ def train_adapter(
             seed=options.seed,
             use_cpu=next(model.parameters()).device.type == "cpu",
         )
-        trainer = SFTTrainer(model, args, plan=plan, train_dataset=rows, processing_class=tokenizer)
-        adapted = trainer.model
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
+            trainer = SFTTrainer(shared_copy(model), args, plan=plan, train_dataset=rows, processing_class=tokenizer)
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.add_callback(_Progress(say))
             started = time.perf_counter()
@@ -116,13 +116,14 @@ def train_adapter(
             seconds = time.perf_counter() - started
             record = _record(plan, options, trainer, seconds, rows, model_name)
             with whole_folder(output) as folder:
-                adapted.save_pretrained(str(folder), save_embedding_layers=False)
+                trainer.model.save_pretrained(str(folder), save_embedding_layers=False)
                 tokenizer.save_pretrained(str(folder))
                 plan.save(folder / "plan.json")
                 write_json(folder / "record.json", record)
                 write_bytes(folder / "README.md", model_card(plan, record).encode())
         finally:
-            adapted.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
     return record
 
 

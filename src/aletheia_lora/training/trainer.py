@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,22 +83,31 @@ class SFTTrainer(trl.SFTTrainer):
         self.plan = plan
         self.lowest_backward_layer: int | None = None
         self.dead_adapters: list[str] = []
-        if isinstance(model, PeftModel):
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        already_attached = isinstance(model, PeftModel)
+        if already_attached:
             check_census(model, plan.ranks)
         else:
             plan.check_fits(model)
             model = attach(model, plan.anatomy, plan.ranks, lora_dropout=plan.lora_dropout, seed=args.seed)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            super().__init__(
-                model=model,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                **trl_arguments,
-            )
-        check_census(self.model, plan.ranks)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=FutureWarning)
+                super().__init__(
+                    model=model,
+                    args=args,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    **trl_arguments,
+                )
+            check_census(self.model, plan.ranks)
+        except BaseException:
+            if not already_attached:
+                model.unload()
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+            raise
         self._truncate = _Truncate(self)
         self.add_callback(self._truncate)
 
@@ -167,6 +177,15 @@ class _Truncate(TrainerCallback):
         base_model = self.trainer.model.get_base_model()
         self.truncation = Truncation(base_model, self.trainer.plan.selection.lowest, reentrant=reentrant)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop before the update if a gradient is NaN or infinite, also under a finite loss."""
+        for name, parameter in self.trainer.model.named_parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                raise NonFiniteLossError(
+                    f"the gradient of {name} in step {state.global_step + 1} is not finite; training stopped before "
+                    "the update. Lower the learning rate, or look at the rows of that batch."
+                )
+
     def remove(self) -> None:
         """Put the model back as TRL expects it."""
         if self.truncation is not None:
@@ -179,4 +198,4 @@ def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only:
         return rows.to_dataset()
     if isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names):
         return rows
-    return tokenize(rows, tokenizer, max_length=max_length or 1024, completion_only=completion_only).to_dataset()
+    return tokenize(rows, tokenizer, max_length=max_length or sys.maxsize, completion_only=completion_only).to_dataset()
