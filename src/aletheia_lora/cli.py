@@ -25,7 +25,14 @@ app = typer.Typer(
     help="Find the layers worth adapting, LoRA-fine-tune only those, and prove what that saved and cost.",
 )
 _PLANNING = ("data", "probe", "plan")
-DEMO: dict[str, Any] = {"steps": 30, "batch_size": 4, "max_length": 192, "validation_rows": 48, "timed_steps": 6}
+DEMO: dict[str, Any] = {
+    "probe_batches": 5,
+    "steps": 32,
+    "max_length": 128,
+    "validation_rows": 32,
+    "timed_steps": 5,
+    "evaluations": 4,
+}
 
 
 def main() -> None:

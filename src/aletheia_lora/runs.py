@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -20,11 +21,12 @@ from .data import Parts, TokenizedRows, split, tokenize
 from .embedded import load_embedded_model, split_by_module, standard_library_rows
 from .errors import ConfigError, UnsupportedModelError
 from .files import check_writable, write_bytes, write_json
-from .planning import Plan, PlanOptions, plan
+from .planning import Plan, PlanOptions, plan_from_probe, probe_rows
 from .report.page import finding, write_page
 from .report.plots import plot_probe_scores
 from .rows import load_rows
-from .run_config import RunConfig
+from .run_config import GROUPS, RunConfig
+from .scores import layer_scores
 from .training.run import TrainOptions, check_output, train_adapter
 
 Say = Callable[[str], None]
@@ -64,13 +66,15 @@ def run_doctor(config: RunConfig, say: Say) -> dict[str, Any]:
 def run_probe(config: RunConfig, say: Say) -> dict[str, Any]:
     """Probe and score; writes ``scores.json`` and ``scores.png`` into the output folder, if one is given."""
     folder = _folder(config)
-    made = _plan(config, say, *_model_and_data(config, say))
-    assert made.probe is not None
-    record = made.probe.to_dict()
-    record["score"], record["scores"] = config.score, [made.scores[layer] for layer in sorted(made.scores)]
+    model, tokenizer, parts = _model_and_data(config, say)
+    say(f"probing {config.probe_batches} batches")
+    _, measured = probe_rows(model, parts.probe, _plan_options(config), tokenizer=tokenizer, progress=True)
+    scores = layer_scores(config.score, measured, model=model, rng=np.random.default_rng(config.seed))
+    record = measured.to_dict()
+    record["score"], record["scores"] = config.score, [scores[layer] for layer in sorted(scores)]
     if folder is not None:
         record["files"] = [str(write_json(folder / "scores.json", record))]
-        errors = made.probe.standard_errors().tolist() if config.score == "gradient_norm" else None
+        errors = measured.standard_errors().tolist() if config.score == "gradient_norm" else None
         picture = plot_probe_scores(record["scores"], errors, score=config.score)
         record["files"].append(str(write_bytes(folder / "scores.png", picture)))
     return record
@@ -190,13 +194,21 @@ def _model_and_data(config: RunConfig, say: Say) -> tuple[Any, Any, Parts]:
 
 def _plan(config: RunConfig, say: Say, model: Any, tokenizer: Any, parts: Parts) -> Plan:
     if config.plan is not None:
+        beside = sorted(config.model_fields_set & {*GROUPS["probe"], *GROUPS["plan"]} - {"seed"})
+        if beside:
+            raise ConfigError(f"{beside[0]} was given beside a plan, which already says it. Leave out one of the two.")
         made = Plan.load(config.plan)
         made.check_fits(model)
         return made
     say(f"probing {config.probe_batches} batches")
-    options = config.subset(PlanOptions)
-    options["targets"] = None if config.targets is None else tuple(config.targets)
-    return plan(model, parts.probe, tokenizer=tokenizer, progress=True, **options)
+    options = _plan_options(config)
+    found, measured = probe_rows(model, parts.probe, options, tokenizer=tokenizer, progress=True)
+    return plan_from_probe(found, measured, options, model=model)
+
+
+def _plan_options(config: RunConfig) -> PlanOptions:
+    targets = None if config.targets is None else tuple(config.targets)
+    return PlanOptions(**{**config.subset(PlanOptions), "targets": targets})
 
 
 def _folder(config: RunConfig) -> Path | None:
