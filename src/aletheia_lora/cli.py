@@ -31,7 +31,7 @@ DEMO: dict[str, Any] = {
     "max_length": 128,
     "validation_rows": 32,
     "timed_steps": 5,
-    "evaluations": 4,
+    "evaluations": 3,
 }
 
 
