@@ -38,7 +38,11 @@ DEMO: dict[str, Any] = {
 def main() -> None:
     """Entry point of the command ``aletheia``."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:
+            _fail("interrupted; nothing half-written was left behind", code=130)
+        if isinstance(code, int) and code:
+            sys.exit(code)
     except AletheiaError as error:
         _fail(str(error))
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
@@ -49,7 +53,9 @@ def main() -> None:
         _fail("interrupted", code=130)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of the parser
-            _fail(error.format_message(), code=int(error.exit_code))
+            if error.format_message():
+                _fail(error.format_message(), code=int(error.exit_code))
+            sys.exit(int(error.exit_code))  # no command: the help was printed
         raise
 
 

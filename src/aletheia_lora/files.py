@@ -41,7 +41,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
     Raises:
         OutputError: If the disk is full or the folder cannot be written; the old file stands.
     """
-    handle, name = -1, ""
+    name = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -51,14 +51,16 @@ def write_bytes(path: Path, content: bytes) -> Path:
             os.fsync(stream.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+        name = ""
         _sync_folder(path.parent)
     except OSError as error:
-        if name:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
         raise OutputError(
             f"cannot write {str(path)!r}: {error.strerror or error}. The old file, if any, stands."
         ) from error
+    finally:
+        if name:  # Ctrl-C comes this way, too
+            with contextlib.suppress(OSError):
+                os.unlink(name)
     return path
 
 
@@ -85,6 +87,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     check_writable(path.parent)
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
     try:
         yield staging
         for file in staging.rglob("*"):
@@ -92,16 +95,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         staging.chmod(0o755)
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
         if path.exists():
-            os.replace(path, old / "old")
+            path.rename(aside / "old")
         os.replace(staging, path)
-        shutil.rmtree(old)
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(f"cannot finish {str(path)!r}: {error.strerror or error}") from error
+        raise OutputError(
+            f"cannot finish {str(path)!r}: {error.strerror or error}. What stood there stands."
+        ) from error
     finally:
+        if (aside / "old").exists() and not path.exists():
+            (aside / "old").rename(path)
         shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

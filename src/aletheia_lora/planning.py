@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -153,11 +154,23 @@ class Plan:
         Raises:
             PlanError: If the record is of another format, lacks a part, or names layers or modules twice or unknown.
         """
-        if record.get("format") != FORMAT:
-            raise PlanError(f"not a plan: format is {record.get('format')!r}, expected {FORMAT!r}.")
+        if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+            given = record.get("format") if isinstance(record, Mapping) else type(record).__name__
+            raise PlanError(f"not a plan: format is {given!r}, expected {FORMAT!r}.")
         missing = [key.name for key in fields(cls) if key.name not in record]
         if missing:
             raise PlanError(f"the plan lacks {missing}. Make it again with `aletheia plan`.")
+        try:
+            return cls._from_parts(record)
+        except PlanError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(
+                f"a part of the plan cannot be read: {error}. Make it again with `aletheia plan`."
+            ) from error
+
+    @classmethod
+    def _from_parts(cls, record: Mapping[str, Any]) -> Plan:
         options = dict(record["options"])
         unknown = sorted(set(options) - set(PlanOptions.__dataclass_fields__))
         if unknown:
@@ -174,11 +187,19 @@ class Plan:
             probe=None if record["probe"] is None else ProbeResult.from_dict(record["probe"]),
         )
         layers = made.anatomy.check_layers(made.selection.layers)
-        if {entry.layer_idx for entry in made.ranks} - set(layers):
-            raise PlanError("the plan gives ranks to layers it does not select. Edit both, or make it again.")
         made.lora_config()
         modules = {module.name: module for module in made.anatomy.modules}
-        ranks = [replace(entry, num_params=modules[entry.name].adapter_params(entry.rank)) for entry in made.ranks]
+        for entry in made.ranks:
+            module = modules[entry.name]
+            if not isinstance(entry.rank, int) or not 1 <= entry.rank <= module.max_rank:
+                raise PlanError(f"rank {entry.rank!r} of {entry.name}, expected 1 to {module.max_rank}.")
+            if module.layer_idx not in layers:
+                raise PlanError(f"the plan gives ranks to layers it does not select: {entry.name}. Edit both.")
+        ranks = [
+            replace(entry, layer_idx=module.layer_idx, kind=module.kind, num_params=module.adapter_params(entry.rank))
+            for entry in made.ranks
+            for module in (modules[entry.name],)
+        ]
         return replace(made, ranks=tuple(ranks))
 
     def save(self, path: str | Path) -> Path:
@@ -196,6 +217,8 @@ class Plan:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise PlanError(f"cannot read the plan {str(path)!r}: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"the plan {str(path)!r} is not UTF-8 (byte {error.start}).") from error
         except json.JSONDecodeError as error:
             raise PlanError(f"{str(path)!r} is not JSON (line {error.lineno}): {error.msg}.") from error
 
@@ -290,10 +313,24 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         cost=cost,
     )
     frontier = tuple(pareto(scores, choice)) if min(scores.values()) >= 0 and max(scores.values()) > 0 else ()
+
+    def ranked(layers: Sequence[int]) -> tuple[tuple[ModuleRank, ...], float]:
+        ranks = allocate(found, layers, options.allocation, allocation_options(options, measured))
+        return ranks, cost.share(layers, rank=mean_ranks(found, ranks), uniform_rank=options.rank)
+
     while True:
-        selection = select(scores, options.strategy, choice)
-        ranks = allocate(found, selection.layers, options.allocation, allocation_options(options, measured))
-        share = cost.share(selection.layers, rank=mean_ranks(found, ranks), uniform_rank=options.rank)
+        try:
+            selection = select(scores, options.strategy, choice)
+        except PlanError as error:
+            if options.strategy != "budget":
+                raise
+            least, layer = min((ranked([layer])[1], layer) for layer in scores)
+            raise PlanError(
+                f"time_budget={options.time_budget} is below what one layer needs: "
+                f"{math.ceil(least * 1000) / 1000:.3f} of uniform LoRA's step time (layer {layer}, with the ranks that "
+                f"{options.allocation!r} gives it). Raise time_budget to at least that."
+            ) from error
+        ranks, share = ranked(selection.layers)
         if options.strategy != "budget" or share <= options.time_budget * (1 + 1e-9):
             break
         # The ranks that go with the choice cost more than the rank it was made at: choose within less.

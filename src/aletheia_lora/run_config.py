@@ -50,7 +50,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 class RunConfig(BaseModel):
     """Everything a command can be told."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field("embedded", description="Hub id or local folder; 'embedded' is SmolLM2-135M-Instruct.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("auto", description="Weights in memory.")
@@ -115,7 +115,7 @@ def resolve(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not YAML: {error}") from error
+            raise ConfigError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(
                 f"{str(path)!r} holds a {type(loaded).__name__}, expected keys and values, e.g. `steps: 40`."
@@ -136,6 +136,8 @@ def configuration(values: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(f"unknown key {key!r}. {nearest(str(key), RunConfig.model_fields)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value}, expected a finite number.")
+        if isinstance(value, bool) and RunConfig.model_fields[key].annotation is not bool:
+            raise ConfigError(f"{key}={value}, expected {RunConfig.model_fields[key].annotation}, not true or false.")
     try:
         return RunConfig(**values)
     except ValidationError as error:

@@ -150,13 +150,17 @@ def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
         try:
             model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(config.model)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # broken weights raise what the format's reader raises
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnsupportedModelError(
-                f"cannot load {config.model!r} as a causal language model: {str(error).splitlines()[0]} "
+                f"cannot load {config.model!r} as a causal language model: {reason} "
                 "Expected a hub id, or a folder that save_pretrained wrote."
             ) from error
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    return model.to(device), tokenizer
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def load_parts(config: RunConfig, tokenizer: Any, say: Say) -> Parts:

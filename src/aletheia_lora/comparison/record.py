@@ -88,11 +88,12 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
 
     ``speedup_ratio``: uniform LoRA under plain PEFT and Trainer over the selection with its probe, for the same steps.
     ``selection_ratio``: the same against the fastest uniform run, whichever trainer that was. ``trainer_ratio``: what
-    our trainer alone does for uniform LoRA.
+    our trainer alone does for uniform LoRA. Batches differ in length from step to step, so a run of fewer steps is
+    compared with uniform LoRA over the steps that both took.
     """
     by_name = {arm.name: arm for arm in arms}
     uniform, selected = by_name["uniform"], by_name["selected"]
-    per_step = {arm.name: median(arm.step_seconds[1:] or arm.step_seconds) for arm in arms if arm.step_seconds}
+    per_step = {arm.name: _paired_seconds(arm, uniform) for arm in arms if arm.step_seconds}
     uniforms = [arm.name for arm in arms if arm.role == "uniform" and not arm.failed and arm.name in per_step]
     fastest = min(uniforms, key=lambda name: per_step[name])
     selected_seconds = per_step["selected"] * selected.steps + selected.probe_seconds
@@ -115,6 +116,14 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
         "probe_seconds": selected.probe_seconds,
         "probe_share": selected.probe_seconds / sum(selected.step_seconds) if selected.step_seconds else float("nan"),
     }
+
+
+def _paired_seconds(arm: Arm, uniform: Arm) -> float:
+    """Median seconds of a step as if the run had taken uniform LoRA's steps; the first, which warms up, left out."""
+    shared = min(len(arm.step_seconds), len(uniform.step_seconds))
+    first = 1 if shared > 1 else 0
+    ratio = median(arm.step_seconds[first:shared]) / median(uniform.step_seconds[first:shared])
+    return ratio * median(uniform.step_seconds[first:])
 
 
 def environment() -> dict[str, str]:

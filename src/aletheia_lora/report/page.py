@@ -34,6 +34,7 @@ from .tables import (
     find_arm,
     paid_seconds,
     probe_seconds,
+    step_speed,
 )
 from .words import DASH, duration, known, loss_difference, loss_text, percent, significant, speed_text, visible
 
@@ -348,14 +349,13 @@ def _pareto_note(record: Record) -> str:
     if predicted is None:
         return "This selection came without a prediction of its time."
     selected = find_arm(record, SELECTED)
-    own = arm_number(selected, "median_step_seconds")
     for arm in record["arms"]:
-        seconds = arm_number(arm, "median_step_seconds")
+        speed, own = step_speed(record, arm), None if selected is None else step_speed(record, selected)
         alike = selected is not None and arm.get("trainer") == selected.get("trainer")
-        if arm_role(arm) == "uniform" and alike and own and seconds:
+        if arm_role(arm) == "uniform" and alike and own and speed:
             return (
                 f"Checked afterwards: a step on the selected layers was predicted to take {percent(predicted)} of a "
-                f"step on all layers, and took {percent(own / seconds)} of one of “{arm_title(arm)}”, the same trainer."
+                f"step on all layers, and took {percent(speed / own)} of one of “{arm_title(arm)}”, the same trainer."
             )
     return "No uniform arm ran in the same trainer as the selected layers, so the prediction could not be checked."
 

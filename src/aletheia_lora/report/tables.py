@@ -96,10 +96,21 @@ def failure(arm: Arm) -> str:
 
 
 def step_speed(record: Record, arm: Arm) -> float | None:
-    """Median step seconds of plain PEFT over those of this arm; above 1 is faster."""
-    reference = arm_number(find_arm(record, REFERENCE), "median_step_seconds")
-    own = arm_number(arm, "median_step_seconds")
-    return reference / own if reference and own else None
+    """Median step seconds of plain PEFT over those of this arm, over the steps that both took; above 1 is faster.
+
+    Batches differ in length from step to step, so medians over other steps would not compare.
+    """
+    reference = find_arm(record, REFERENCE)
+    if reference is None or arm_number(reference, "median_step_seconds") is None:
+        return None
+    if arm_number(arm, "median_step_seconds") is None:
+        return None
+    theirs, own = ([float(step) for step in one.get("step_seconds") or ()] for one in (reference, arm))
+    shared = min(len(theirs), len(own))
+    if not shared:
+        return None
+    base, step = _median(theirs[:shared]), _median(own[:shared])
+    return base / step if base and step else None
 
 
 def probe_seconds(arm: Arm) -> float:
@@ -117,8 +128,9 @@ def paid_seconds(record: Record, name: str) -> float | None:
     """
     arm = find_arm(record, name)
     steps = known((find_arm(record, SELECTED) or {}).get("steps"))
-    step = arm_number(arm, "median_step_seconds")
-    return None if arm is None or not step or not steps else step * steps + probe_seconds(arm)
+    base = arm_number(find_arm(record, REFERENCE), "median_step_seconds")
+    speed = None if arm is None else step_speed(record, arm)
+    return None if arm is None or not speed or not base or not steps else base / speed * steps + probe_seconds(arm)
 
 
 def layers_text(layers: Sequence[int] | None, num_layers: object) -> str:

@@ -8,9 +8,11 @@ thread would get memory of its own from the C allocator, and seven runs would ho
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from greenlet import getcurrent, greenlet
 
@@ -59,7 +61,7 @@ def take_turns(runs: Sequence[Callable[[Turn], None]]) -> list[Exception | None]
         runs: One callable per run, which is given its :class:`Turn`.
     """
     errors: list[Exception | None] = [None] * len(runs)
-    random_state = torch.get_rng_state()
+    random_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     table = getcurrent()
     seats = [greenlet(run) for run in runs]
     try:
@@ -73,7 +75,9 @@ def take_turns(runs: Sequence[Callable[[Turn], None]]) -> list[Exception | None]
         for seat in seats:
             if not seat.dead:
                 seat.throw()
-        torch.set_rng_state(random_state)
+        torch.set_rng_state(random_state[0])
+        np.random.set_state(random_state[1])  # trainers seed every generator there is
+        random.setstate(random_state[2])
     return errors
 
 

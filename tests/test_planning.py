@@ -1,0 +1,392 @@
+import copy
+import itertools
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import aletheia_lora
+from aletheia_lora.adapter import check_census
+from aletheia_lora.allocation import ALLOCATIONS
+from aletheia_lora.anatomy import anatomy
+from aletheia_lora.data import batches, tokenize
+from aletheia_lora.errors import DataError, PlanError, ProbeError
+from aletheia_lora.planning import Plan, PlanOptions, plan, plan_from_probe
+from aletheia_lora.probe import probe
+from aletheia_lora.scores import SCORES
+from aletheia_lora.selection import STRATEGIES
+from families import build
+from tiny_inputs import word_tokenizer
+
+FAMILIES = ("llama", "gpt2", "phi3", "mixtral", "qwen3_moe", "mamba")
+SMALL = {"probe_batches": 2, "rank": 4, "attention_rank": 2, "mlp_rank": 8}
+
+
+@pytest.fixture(scope="module")
+def rows(tokenized_rows):
+    return tokenize(tokenized_rows(8, min_length=8, max_length=16, num_prompt_tokens=4), None)
+
+
+@pytest.fixture(scope="module")
+def llama_plan(rows):
+    return plan(build("llama"), rows, **SMALL, strategy="top_percent")
+
+
+@pytest.fixture(scope="module")
+def measured(rows):
+    """A llama, its anatomy and a probe that has everything that any score is made of."""
+    model = build("llama")
+    return model, anatomy(model), probe(model, list(batches(rows, 4, 0)), taylor=True)
+
+
+def steepened(measured, factor=3.0):
+    """The same probe with a profile that rises with depth and is not flat."""
+    model, found, result = measured
+    tensors = tuple(
+        replace(tensor, grad_norm=tuple(norm * factor**tensor.layer_idx for norm in tensor.grad_norm))
+        for tensor in result.tensors
+    )
+    return model, found, replace(result, tensors=tensors)
+
+
+# --- making a plan ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_of_any_family_survives_saving_and_is_attached_by_stock_peft(family, rows, tmp_path):
+    model = build(family)
+    made = plan(model, rows, **SMALL, time_budget=0.9)
+    loaded = Plan.load(made.save(tmp_path / "plan.json"))
+    assert loaded == made
+    assert loaded.to_dict() == made.to_dict()
+    assert loaded.probe.tensors == made.probe.tensors
+    config = loaded.lora_config()
+    assert isinstance(config, LoraConfig)
+    entries = check_census(get_peft_model(model, config), loaded.ranks)
+    assert sum(entry.num_params for entry in entries) == loaded.trainable_params == made.trainable_params
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_planning_leaves_the_model_and_the_random_numbers_as_found(rows, training):
+    model = build("gpt2").train(training)  # with dropout
+    model.transformer.h[1].requires_grad_(False)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    before = copy.deepcopy(model)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    plan(model, rows, **SMALL, strategy="random", score="random")
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.random.get_state()[1].tolist() == numpy_state
+    for (name, parameter), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(parameter, old) and parameter.requires_grad == old.requires_grad, name
+    assert model.lm_head.weight.grad is not None and bool((model.lm_head.weight.grad == 1).all())
+    assert all(module.training is training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not hasattr(model, "peft_config")
+
+
+def test_planning_from_a_probe_does_not_change_the_probe(measured):
+    model, found, result = measured
+    before = result.to_dict()
+    for strategy, allocation in itertools.product(("budget", "top_percent", "mass"), ("matched", "asymmetric")):
+        options = PlanOptions(**SMALL, strategy=strategy, allocation=allocation, time_budget=0.9)
+        plan_from_probe(found, result, options, model=model)
+    assert result.to_dict() == before
+
+
+def test_the_same_seed_gives_the_same_plan_and_another_seed_other_rows(rows):
+    model = build("llama")
+    first, again, other = (plan(model, rows, **SMALL, strategy="random", num_layers=2, seed=seed) for seed in (3, 3, 4))
+    assert again.scores == first.scores and again.ranks == first.ranks and again.selection == first.selection
+    assert other.probe.losses != first.probe.losses
+
+
+def test_rows_may_be_plain_dicts_and_fewer_than_the_batches_asked_for(tokenized_rows):
+    made = plan(build("llama"), tokenized_rows(3), rank=4, time_budget=0.9)
+    assert made.probe.num_batches == 3
+    with pytest.raises(DataError, match="no rows"):
+        plan(build("llama"), [])
+    with pytest.raises(DataError, match="expected at least one full batch"):
+        plan(build("llama"), tokenized_rows(3), probe_batch_size=0)
+
+
+def test_raw_rows_are_tokenized_with_the_given_tokenizer():
+    raw = [{"prompt": f"w{10 + i} w20", "completion": f" w{30 + i} w31"} for i in range(4)]
+    made = plan(build("llama"), raw, tokenizer=word_tokenizer(), **SMALL, time_budget=0.9)
+    assert made.probe.num_tokens == (5, 5)
+    assert made.probe.num_labelled_tokens == (3, 3)
+
+
+# --- every option -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_makes_a_plan(rows, score):
+    made = plan(build("llama"), rows, **SMALL, score=score, strategy="top_percent")
+    assert set(made.scores) == {0, 1, 2, 3}
+    assert len(made.selection.layers) == 2
+    assert made.pareto
+
+
+@pytest.mark.parametrize(
+    ("score", "strategy", "allocation"), list(itertools.product(SCORES, ("budget", "mass", "stride"), ALLOCATIONS))
+)
+def test_every_combination_makes_a_plan_that_fits(measured, score, strategy, allocation):
+    model, found, result = steepened(measured)
+    options = PlanOptions(**SMALL, score=score, strategy=strategy, allocation=allocation, time_budget=0.9)
+    made = plan_from_probe(found, result, options, model=model)
+    assert {entry.layer_idx for entry in made.ranks} == set(made.selection.layers)
+    assert Plan.from_dict(made.to_dict()) == made
+    assert str(made)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_makes_a_plan_or_says_why_not(measured, strategy):
+    model, found, result = steepened(measured)
+    made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy=strategy, time_budget=0.9), model=model)
+    assert made.selection.strategy == strategy
+    assert 0 < made.selection.predicted_time_share <= 1.0 + 1e-9  # a share of uniform LoRA's
+
+
+def test_ranks_in_proportion_to_a_flat_profile_are_refused(rows):
+    with pytest.raises(PlanError, match="the profile is flat"):
+        plan(build("llama"), rows, **SMALL, strategy="top_percent", allocation="proportional")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "buget"}, "unknown strategy 'buget'. Did you mean 'budget'"),
+        ({"score": "gradient_nrom"}, "unknown score 'gradient_nrom'. Did you mean 'gradient_norm'"),
+        ({"allocation": "uniforn"}, "unknown allocation 'uniforn'. Did you mean 'uniform'"),
+        ({"probe_mode": "fast"}, "mode='fast'"),
+        ({"percent": 0}, "percent=0"),
+        ({"percent": 101}, "percent=101"),
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"num_layers": 5, "strategy": "top_percent"}, "num_layers=5, but the model has 4 layers"),
+        ({"time_budget": 0}, "time_budget=0"),
+        ({"time_budget": 0.05}, "below what one layer needs"),
+        ({"mass": 1.5}, "mass=1.5"),
+        ({"rank": 0}, "rank"),
+        ({"rank": 33}, "rank 33 is larger than"),
+        ({"seed": -1}, "non-negative|seed=-1"),
+        ({"alpha_ratio": 0}, "alpha_ratio=0"),
+        ({"targets": ("q_porj",)}, "target 'q_porj' matches no module .*Did you mean 'q_proj'"),
+        ({"targets": ()}, "no module"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_with_the_next_step(rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(build("llama"), rows, **{"rank": 4, "probe_batches": 1, "time_budget": 0.9, **options})
+
+
+def test_an_unknown_option_is_refused_by_its_name(rows):
+    with pytest.raises(ValueError, match="time_bugdet"):
+        plan(build("llama"), rows, time_bugdet=0.5)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "matched"])
+@pytest.mark.parametrize("time_budget", [0.05, 0.35, 0.4, 0.45, 0.5, 0.55])
+def test_a_budget_is_kept_with_the_ranks_that_are_given_or_the_error_names_one_that_will_do(
+    measured, allocation, time_budget
+):
+    model, found, result = measured
+    options = PlanOptions(**SMALL, allocation=allocation, time_budget=time_budget)
+    try:
+        made = plan_from_probe(found, result, options, model=model)
+    except PlanError as error:
+        assert str(error).startswith(f"time_budget={time_budget} is below")
+        enough = float(re.search(r"needs: ([0-9.]+) of", str(error)).group(1))
+        made = plan_from_probe(found, result, replace(options, time_budget=enough), model=model)
+        assert enough > time_budget
+        time_budget = enough
+    assert made.selection.predicted_time_share <= time_budget * (1 + 1e-9)  # float64
+
+
+def test_targets_limit_what_is_adapted(rows):
+    made = plan(build("llama"), rows, **SMALL, targets=("q_proj", "v_proj"), strategy="last", num_layers=1)
+    assert [entry.name for entry in made.ranks] == [
+        "model.layers.3.self_attn.q_proj",
+        "model.layers.3.self_attn.v_proj",
+    ]
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))).options == made.options
+
+
+def test_a_probe_of_another_model_is_refused(measured):
+    _, _, result = measured
+    with pytest.raises(PlanError, match="the probe is of a model"):
+        plan_from_probe(anatomy(build("phi3")), result, PlanOptions(**SMALL))
+
+
+def test_a_broken_weight_makes_no_plan(rows):
+    model = build("llama")
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ProbeError, match="batch 0; layer 2 is the first to put out a number that is not finite"):
+        plan(model, rows, **SMALL)
+
+
+# --- the plan in words ------------------------------------------------------------------------------------------
+
+
+def test_a_flat_profile_is_named(measured):
+    model, found, result = measured
+    assert result.is_flat
+    options = PlanOptions(**SMALL, strategy="last", num_layers=2)
+    assert "the profile is flat (max/min" in str(plan_from_probe(found, result, options, model=model))
+    model, found, steep = steepened(measured)
+    assert "flat" not in str(plan_from_probe(found, steep, options, model=model))
+
+
+@pytest.mark.parametrize(("strategy", "said"), [("first", True), ("last", False)])
+def test_layer_0_among_the_chosen_is_named_with_what_it_costs(measured, strategy, said):
+    model, found, result = measured
+    made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy=strategy, num_layers=2), model=model)
+    assert ("layer 0 is among them" in str(made)) is said
+    assert ("backward runs to the first layer" in str(made)) is said
+    assert ("backward stops at 2" in str(made)) is not said
+
+
+def test_a_plan_without_a_probe_or_with_one_batch_still_prints(measured):
+    model, found, result = measured
+    made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy="last"), model=model)
+    assert "probe:" in str(made)
+    without = replace(made, probe=None)
+    assert "probe:" not in str(without) and "layers 2-3" in str(without)
+    assert Plan.from_dict(without.to_dict()).probe is None
+
+
+# --- a plan as a file that people edit -------------------------------------------------------------------------
+
+
+def edited(made, change):
+    record = json.loads(json.dumps(made.to_dict()))
+    change(record)
+    return record
+
+
+def selects(*layers):
+    return lambda record: record["selection"].update(layers=list(layers))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (selects(1, 4), "layers"),
+        (selects(1, 99), "layers"),
+        (selects(-1, 3), "layers"),
+        (selects(3, 3), "each once"),
+        (selects(3, 1), "in ascending order"),
+        (selects(), "at least one layer"),
+        (lambda r: r["selection"].update(layers=[0, 9], num_layers=10), "layer 9 does not exist"),
+        (selects(3), "ranks to layers it does not select"),
+        (lambda r: r["ranks"].append(dict(r["ranks"][0])), "named twice"),
+        (lambda r: r["ranks"][0].update(name="model.layers.0.mlp.nothing"), "not in LlamaForCausalLM"),
+        (lambda r: r.update(ranks=[]), "no module was given a rank"),
+        (lambda r: r.update(format="aletheia-plan/2"), "format is 'aletheia-plan/2'"),
+        (lambda r: r.pop("format"), "format is None"),
+        (lambda r: r.pop("scores"), r"lacks \['scores'\]"),
+        (lambda r: r.pop("probe"), r"lacks \['probe'\]"),
+        (lambda r: (r.pop("ranks"), r.pop("anatomy")), "anatomy.*ranks"),
+    ],
+)
+def test_an_edited_plan_that_cannot_be_is_refused(measured, change, message):
+    model, found, result = measured
+    made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy="stride"), model=model)
+    assert made.selection.layers == (1, 3)
+    with pytest.raises(PlanError, match=message):
+        Plan.from_dict(edited(made, change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["selection"].pop("layers"),
+        lambda r: r["selection"].update(surprise=1),
+        lambda r: r["ranks"][0].pop("rank"),
+        lambda r: r["ranks"][0].update(surprise=1),
+        lambda r: r["options"].update(surprise=1),
+        lambda r: r["anatomy"].pop("layers"),
+        lambda r: r.update(scores=[1.0, 2.0]),
+        lambda r: r.update(selection=None),
+    ],
+    ids=["layers gone", "selection key", "rank gone", "rank key", "option key", "anatomy", "scores a list", "null"],
+)
+def test_a_plan_with_a_broken_part_is_a_plan_error(llama_plan, change):
+    with pytest.raises(PlanError):
+        Plan.from_dict(edited(llama_plan, change))
+
+
+@pytest.mark.parametrize("rank", [0, -4, 33, 2.5, None], ids=str)
+def test_an_edited_rank_that_cannot_be_is_refused(llama_plan, rank):
+    with pytest.raises(PlanError, match="rank"):
+        Plan.from_dict(edited(llama_plan, lambda record: record["ranks"][0].update(rank=rank)))
+
+
+def test_an_edited_rank_is_counted_as_edited(llama_plan):
+    wider = Plan.from_dict(edited(llama_plan, lambda record: record["ranks"][0].update(rank=16)))
+    entries = check_census(get_peft_model(build("llama"), wider.lora_config()), wider.ranks)
+    assert wider.trainable_params == sum(entry.num_params for entry in entries)
+
+
+def test_a_module_of_an_unselected_layer_is_refused_whatever_number_stands_beside_it(measured):
+    model, found, result = measured
+    made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy="last", num_layers=2), model=model)
+
+    def change(record):
+        record["ranks"][0]["name"] = record["ranks"][0]["name"].replace("layers.2.", "layers.1.")
+
+    with pytest.raises(PlanError, match="does not select"):
+        Plan.from_dict(edited(made, change))
+
+
+def test_an_edited_plan_that_can_be_is_taken(measured):
+    model, found, result = measured
+    made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy="last", num_layers=2), model=model)
+
+    def change(record):
+        record["selection"]["layers"] = [3]
+        record["ranks"] = [entry for entry in record["ranks"] if entry["layer_idx"] == 3]
+
+    smaller = Plan.from_dict(edited(made, change))
+    assert smaller.selection.lowest == 3
+    entries = check_census(get_peft_model(model, smaller.lora_config()), smaller.ranks)
+    assert all(entry.name.startswith("model.layers.3.") for entry in entries)
+
+
+def test_a_plan_fits_any_model_of_the_shape_and_no_other(llama_plan, tiny_llama):
+    llama_plan.check_fits(build("llama", seed=5))
+    for other in (build("phi3"), tiny_llama(num_layers=3), tiny_llama(hidden_size=64)):
+        with pytest.raises(PlanError, match=r"this plan was made for LlamaForCausalLM .*Make a plan for this model"):
+            llama_plan.check_fits(other)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"not a plan", r"is not JSON \(line 1\)"),
+        (b"{}", "not a plan"),
+        (b"[]", "not a plan"),
+        (b"null", "not a plan"),
+        (b'"text"', "not a plan"),
+        (b"\xff\xfe", "plan"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_a_plan_error(tmp_path, content, message):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(PlanError, match=message):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_file_that_cannot_be_read_is_a_plan_error(tmp_path):
+    for path in (tmp_path / "missing.json", tmp_path):
+        with pytest.raises(PlanError, match="cannot read the plan"):
+            Plan.load(path)
+
+
+def test_the_front_door_leads_here():
+    assert aletheia_lora.plan is plan and aletheia_lora.Plan is Plan
