@@ -45,9 +45,10 @@ def aletheia(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["aletheia", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        try:
             main()
-        assert ended.value.code == 0
+        except SystemExit as ended:  # to a shell the same as returning
+            assert ended.code in (None, 0)
         return capsys.readouterr().out
 
     return run

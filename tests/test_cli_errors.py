@@ -295,8 +295,10 @@ def test_a_plan_file_that_is_no_plan_is_named(error_of, model, data, tmp_path, c
 def saved_plan(model, data, tmp_path, monkeypatch):
     flags = (*NEEDS, "--rank", "4", "--strategy", "last", "--num-layers", "2", "--output", str(tmp_path / "plan.json"))
     monkeypatch.setattr(sys, "argv", ["aletheia", "plan", model, data, *flags])
-    with pytest.raises(SystemExit, match="^0$"):
+    try:
         main()
+    except SystemExit as ended:  # to a shell the same as returning
+        assert ended.code in (None, 0)
     return tmp_path / "plan.json"
 
 
