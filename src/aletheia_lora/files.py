@@ -52,7 +52,6 @@ def write_bytes(path: Path, content: bytes) -> Path:
         os.chmod(name, 0o644)
         os.replace(name, path)
         name = ""
-        _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(
             f"cannot write {str(path)!r}: {error.strerror or error}. The old file, if any, stands."
@@ -61,6 +60,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
         if name:  # Ctrl-C comes this way, too
             with contextlib.suppress(OSError):
                 os.unlink(name)
+    _sync_folder(path.parent)
     return path
 
 
@@ -111,9 +111,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
+    """Make the rename durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        raise OutputError(
+            f"a file in {str(folder)!r} was written, but the disk did not confirm its name: {error.strerror or error}. "
+            "Read it back before relying on it."
+        ) from error
     finally:
         os.close(handle)
 

@@ -324,7 +324,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         except PlanError as error:
             if options.strategy != "budget":
                 raise
-            least, layer = min((ranked([layer])[1], layer) for layer in scores)
+            least, layer = min((ranked([layer])[1], layer) for layer in scores if scores[layer] > 0)
             raise PlanError(
                 f"time_budget={options.time_budget} is below what one layer needs: "
                 f"{math.ceil(least * 1000) / 1000:.3f} of uniform LoRA's step time (layer {layer}, with the ranks that "

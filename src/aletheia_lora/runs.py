@@ -5,6 +5,7 @@ Commands differ from library calls only in that they load the model and the data
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +16,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from .allocation import ALLOCATIONS
 from .anatomy import anatomy
 from .comparison import CompareOptions, compare
 from .data import Parts, TokenizedRows, split, tokenize
 from .embedded import load_embedded_model, split_by_module, standard_library_rows
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError, nearest
 from .files import check_writable, write_bytes, write_json
 from .planning import Plan, PlanOptions, plan_from_probe, probe_rows
 from .report.page import finding, write_page
 from .report.plots import plot_probe_scores
 from .rows import load_rows
 from .run_config import GROUPS, RunConfig
-from .scores import layer_scores
+from .scores import SCORES, layer_scores
+from .selection import STRATEGIES
 from .training.run import TrainOptions, check_output, train_adapter
 
 Say = Callable[[str], None]
@@ -66,6 +69,7 @@ def run_doctor(config: RunConfig, say: Say) -> dict[str, Any]:
 def run_probe(config: RunConfig, say: Say) -> dict[str, Any]:
     """Probe and score; writes ``scores.json`` and ``scores.png`` into the output folder, if one is given."""
     folder = _folder(config)
+    _given_plan(config)
     model, tokenizer, parts = _model_and_data(config, say)
     say(f"probing {config.probe_batches} batches")
     _, measured = probe_rows(model, parts.probe, _plan_options(config), tokenizer=tokenizer, progress=True)
@@ -86,7 +90,8 @@ def run_plan(config: RunConfig, say: Say) -> dict[str, Any]:
     if target is not None:
         target = target if target.suffix == ".json" else target / "plan.json"
         check_writable(target.parent)
-    made = _plan(config, say, *_model_and_data(config, say))
+    given = _given_plan(config)
+    made = _plan(config, say, given, *_model_and_data(config, say))
     if target is not None:
         made.save(target)
         say(f"wrote {target}")
@@ -98,9 +103,9 @@ def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
     if config.output is None:
         raise ConfigError("output is missing: say which folder to write the adapter to, e.g. --output my-adapter.")
     check_output(config.output)
-    options = TrainOptions(**config.subset(TrainOptions))
+    options, given = TrainOptions(**config.subset(TrainOptions)), _given_plan(config)
     model, tokenizer, parts = _model_and_data(config, say)
-    made = _plan(config, say, model, tokenizer, parts)
+    made = _plan(config, say, given, model, tokenizer, parts)
     record = train_adapter(
         model, tokenizer, made, parts.train, config.output, options, model_name=_shown(config, "model"), say=say
     )
@@ -111,8 +116,9 @@ def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
     """Compare the selection with uniform LoRA; writes ``compare.json``, plots and a page into the output folder."""
     folder = check_writable(config.output if config.output is not None else Path("aletheia-compare"))
     options = CompareOptions(**{**config.subset(CompareOptions), "controls": tuple(config.controls)})
+    given = _given_plan(config)
     model, tokenizer, parts = _model_and_data(config, say)
-    made = _plan(config, say, model, tokenizer, parts)
+    made = _plan(config, say, given, model, tokenizer, parts)
     say(str(made))
     record = compare(
         model,
@@ -158,13 +164,19 @@ def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
             ) from error
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
-        return model.to(device), tokenizer
+        model = model.to(device)
+        for parameter in model.parameters():  # a mapped file is read when touched: now, not in what is timed later
+            parameter.detach().view(-1)[:: mmap.PAGESIZE // parameter.element_size()].sum()
+        return model, tokenizer
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device={device!r} cannot be used: {' '.join(str(error).split())}") from error
 
 
 def load_parts(config: RunConfig, tokenizer: Any, say: Say) -> Parts:
     """Tokenized rows in three disjoint parts: to probe with, to train on, held out.
+
+    Every command cuts the same parts, also one that needs two of them: a plan made first must not have been probed on
+    rows that a comparison holds out later.
 
     Raises:
         DataError: If the data cannot be read, tokenized, or split.
@@ -196,14 +208,29 @@ def _model_and_data(config: RunConfig, say: Say) -> tuple[Any, Any, Parts]:
     return model, tokenizer, load_parts(config, tokenizer, say)
 
 
-def _plan(config: RunConfig, say: Say, model: Any, tokenizer: Any, parts: Parts) -> Plan:
-    if config.plan is not None:
-        beside = sorted(config.model_fields_set & {*GROUPS["probe"], *GROUPS["plan"]} - {"seed"})
-        if beside:
-            raise ConfigError(f"{beside[0]} was given beside a plan, which already says it. Leave out one of the two.")
-        made = Plan.load(config.plan)
-        made.check_fits(model)
-        return made
+def _given_plan(config: RunConfig) -> Plan | None:
+    """The plan to use instead of making one; every name and file is checked before anything is loaded.
+
+    Raises:
+        ConfigError: If a flag answers what the plan already says, or names no known score, strategy or allocation.
+        PlanError: If the file is not a plan.
+    """
+    for key, table in (("score", SCORES), ("strategy", STRATEGIES), ("allocation", ALLOCATIONS)):
+        name = getattr(config, key)
+        if name not in table:
+            raise ConfigError(f"unknown {key} {name!r}. {nearest(name, table)}")
+    if config.plan is None:
+        return None
+    beside = sorted(config.model_fields_set & {*GROUPS["probe"], *GROUPS["plan"]} - {"seed"})
+    if beside:
+        raise ConfigError(f"{beside[0]} was given beside a plan, which already says it. Leave out one of the two.")
+    return Plan.load(config.plan)
+
+
+def _plan(config: RunConfig, say: Say, given: Plan | None, model: Any, tokenizer: Any, parts: Parts) -> Plan:
+    if given is not None:
+        given.check_fits(model)
+        return given
     say(f"probing {config.probe_batches} batches")
     options = _plan_options(config)
     found, measured = probe_rows(model, parts.probe, options, tokenizer=tokenizer, progress=True)

@@ -8,13 +8,13 @@ thread would get memory of its own from the C allocator, and seven runs would ho
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from greenlet import getcurrent, greenlet
+
+from .random_state import random_state_kept
 
 
 class Turn:
@@ -61,23 +61,20 @@ def take_turns(runs: Sequence[Callable[[Turn], None]]) -> list[Exception | None]
         runs: One callable per run, which is given its :class:`Turn`.
     """
     errors: list[Exception | None] = [None] * len(runs)
-    random_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     table = getcurrent()
     seats = [greenlet(run) for run in runs]
-    try:
-        for position, seat in enumerate(seats):
-            _one_step(seat, errors, position, Turn(table))
-        while not all(seat.dead for seat in seats):
+    with random_state_kept():
+        try:
             for position, seat in enumerate(seats):
+                _one_step(seat, errors, position, Turn(table))
+            while not all(seat.dead for seat in seats):
+                for position, seat in enumerate(seats):
+                    if not seat.dead:
+                        _one_step(seat, errors, position)
+        finally:
+            for seat in seats:
                 if not seat.dead:
-                    _one_step(seat, errors, position)
-    finally:
-        for seat in seats:
-            if not seat.dead:
-                seat.throw()
-        torch.set_rng_state(random_state[0])
-        np.random.set_state(random_state[1])  # trainers seed every generator there is
-        random.setstate(random_state[2])
+                    seat.throw()
     return errors
 
 

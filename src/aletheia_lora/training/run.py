@@ -21,6 +21,7 @@ from ..data import TokenizedRows
 from ..errors import ConfigError, DataError, OutputError
 from ..files import check_writable, whole_folder, write_bytes, write_json
 from ..planning import Plan
+from .random_state import random_state_kept
 from .trainer import SFTTrainer
 
 FORMAT = "aletheia-train/1"
@@ -88,7 +89,7 @@ def train_adapter(
         raise DataError(
             f"{len(rows)} rows are fewer than a batch of {options.batch_size}. Add rows or lower batch_size."
         )
-    with tempfile.TemporaryDirectory() as scratch:
+    with random_state_kept(), tempfile.TemporaryDirectory() as scratch:
         args = trl.SFTConfig(
             output_dir=scratch,
             max_steps=options.steps,
