@@ -186,10 +186,11 @@ ALLOCATIONS: dict[str, Allocation] = {
 
 
 def _is_target(module: ModuleAnatomy, options: AllocationOptions) -> bool:
-    return options.targets is None or any(_matches(module.name, target) for target in options.targets)
+    return options.targets is None or any(matches_target(module.name, target) for target in options.targets)
 
 
-def _matches(name: str, target: str) -> bool:
+def matches_target(name: str, target: str) -> bool:
+    """True if the target is the module's full name, or the end of it in whole words."""
     return name == target or name.endswith(f".{target}")
 
 
@@ -197,7 +198,7 @@ def _modules(anatomy: ModelAnatomy, layers: Sequence[int], options: AllocationOp
     """The modules of these layers that the targets name, in order of depth."""
     present = [module for layer in layers for module in anatomy.layer(layer).modules]
     for target in options.targets or ():
-        if not any(_matches(module.name, target) for module in present):
+        if not any(matches_target(module.name, target) for module in present):
             leaves = sorted({module.name.rpartition(".")[2] for module in present})
             raise PlanError(f"target {target!r} matches no module in layers {list(layers)}. {nearest(target, leaves)}")
     modules = [module for module in present if _is_target(module, options)]

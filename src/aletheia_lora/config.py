@@ -12,7 +12,7 @@ from typing import Any
 from peft import LoraConfig
 
 from .adapter import lora_config
-from .allocation import ModuleRank
+from .allocation import ModuleRank, matches_target
 from .anatomy import ModuleAnatomy, anatomy, kind_of
 from .errors import PlanError, nearest
 
@@ -148,12 +148,12 @@ def matching_targets(modules: Sequence[ModuleAnatomy], targets: Sequence[str]) -
         PlanError: If a target matches no module; names the nearest that exists.
     """
     for target in targets:
-        if not any(module.name == target or module.name.endswith(f".{target}") for module in modules):
+        if not any(matches_target(module.name, target) for module in modules):
             leaves = {module.name.rpartition(".")[2] for module in modules}
             raise PlanError(
                 f"target {target!r} matches no adaptable module of the chosen layers. {nearest(target, leaves)}"
             )
-    return [m for m in modules if any(m.name == target or m.name.endswith(f".{target}") for target in targets)]
+    return [m for m in modules if any(matches_target(m.name, target) for target in targets)]
 
 
 def _rank_and_alpha(
