@@ -1,9 +1,22 @@
 import pytest
 import torch
 
+from aletheia_lora import loss
 from aletheia_lora.errors import DataError
 from aletheia_lora.loss import heldout_loss, labelled_loss
 from families import CONFIGS, build, random_batches
+
+
+def frozen(model):
+    """The model with frozen weights in eval mode; ``inputs_seen`` fills with its embeddings, which want gradients."""
+    model.eval().requires_grad_(False)
+    model.inputs_seen = []
+
+    def wants_gradient(_module, _args, output):
+        model.inputs_seen.append(output.requires_grad_(True))
+
+    model.get_input_embeddings().register_forward_hook(wants_gradient)
+    return model
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -16,15 +29,78 @@ def test_the_loss_is_the_models_own_for_every_head(family):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # float32
 
 
-def test_the_head_sees_labelled_positions_only():
-    model = build("llama")
-    seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradients_are_those_of_the_whole_logits(family, monkeypatch):
+    monkeypatch.setitem(loss.LOGIT_BYTES, "cpu", 4 * 256 * 5)  # five positions at a time
+    model = frozen(build(family))
     batch = random_batches(1)[0]
-    labelled_loss(model, batch)
+
+    def gradient(value):
+        (found,) = torch.autograd.grad(value, model.inputs_seen[-1])
+        return found
+
+    theirs = gradient(model(**batch, use_cache=False).loss)
+    for call in ("first, which looks at what the model does to its logits", "later"):
+        ours = gradient(labelled_loss(model, batch))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text, call=call: f"{call}: {text}")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_as_near_to_float32_as_the_whole_logits_are(autocast):
+    exact = build("llama")
+    coarse = frozen(build("llama") if autocast else build("llama", torch.bfloat16))
+    batch = random_batches(1)[0]
+    truth = exact(**batch, use_cache=False).loss.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        ours = labelled_loss(coarse, batch)
+        theirs = coarse(**batch, use_cache=False).loss
+    assert ours.dtype == torch.float32
+    assert abs(ours - truth) <= 2 * abs(theirs - truth) + 1e-3  # bfloat16 has 8 bits
+    ours.backward()
+
+
+def test_no_logits_but_one_position_are_made():
+    model = frozen(build("llama"))
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    labelled_loss(model, random_batches(1)[0])
     handle.remove()
-    assert seen == [(1, int((batch["labels"][:, 1:] != -100).sum()), 32)]
-    assert not model.lm_head._forward_pre_hooks
+    assert seen == [(1, 1, 256)]
+    assert not model.lm_head._forward_pre_hooks and not model.lm_head._forward_hooks
+
+
+def test_a_model_that_reworks_its_logits_runs_twice_once_and_draws_the_same_dropout():
+    model = frozen(build("gpt2")).train()
+    plain_forward, runs = model.forward, []
+
+    def capped(*args, **kwargs):
+        runs.append(1)
+        output = plain_forward(*args, **kwargs)
+        output.logits = 5 * torch.tanh(output.logits / 5)
+        return output
+
+    model.forward = capped
+    batch = random_batches(1)[0]
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        losses.append(labelled_loss(model, batch).item())
+    assert losses[0] == losses[1]
+    assert len(runs) == 3
+    torch.manual_seed(3)
+    labels = batch.pop("labels")
+    logits = capped(**batch).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_head_that_trains_gets_its_gradient():
+    model = build("llama")
+    labelled_loss(model, random_batches(1)[0]).backward()
+    ours = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model(**random_batches(1)[0], use_cache=False).loss.backward()
+    torch.testing.assert_close(ours, model.lm_head.weight.grad)
 
 
 def test_a_batch_without_labels_has_no_loss():

@@ -1,7 +1,10 @@
-"""A model and a batch -> the mean next-token loss, with logits only where a label is.
+"""A model and a batch -> the mean next-token loss, with logits only where a label is, and never all of them at once.
 
 The full logits of a batch (tokens x vocabulary) are the largest tensor of a training step, and most of it is never
-looked at: prompts and padding carry no label. Here the output head sees the labelled positions only.
+looked at: prompts and padding carry no label. Here the output head sees the labelled positions only, a few at a time,
+and what is kept for backward is the gradient of its input:
+
+    d(loss)/d(hidden) = (softmax(logits) - onehot(target)) @ W
 """
 
 from __future__ import annotations
@@ -9,13 +12,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .data import NO_LABEL
 from .errors import DataError
+
+# Float32 logits alive at once. Below 32 MB the C allocator reuses the memory instead of asking for fresh pages.
+LOGIT_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
+
+# Does a model do something to the logits after its head (scale, cap)? Found out at the first batch, per head.
+_reworks_logits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor], *, num_labels: Tensor | int | None = None) -> Tensor:
@@ -42,12 +53,23 @@ def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor], *, num_labels: 
             "from. Check the completion column, or raise max_length if prompts fill it."
         )
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with _head_sees_only(model, keep) as seen:
-        output = model(**inputs, use_cache=False)
-    logits = output.logits if hasattr(output, "logits") else output[0]
+    count = targets.numel() if num_labels is None else num_labels
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if _is_plain(head) and not _reworks_logits.get(head, False):
+        random_state = torch.get_rng_state(), _cuda_rng_state(head.weight)
+        with _loss_at_the_head(head, keep, targets) as at_head:
+            output = model(**inputs, use_cache=False)
+        if at_head.stands(_logits(output)):
+            _reworks_logits[head] = False
+            return at_head.total / count
+        _reworks_logits[head] = at_head.seen
+        torch.set_rng_state(random_state[0])
+        if random_state[1] is not None:
+            torch.cuda.set_rng_state(random_state[1], head.weight.device)
+    with _head_sees_only(head, keep) as seen:
+        logits = _logits(model(**inputs, use_cache=False))
     logits = logits.reshape(-1, logits.shape[-1]) if seen else logits[:, :-1][keep.to(logits.device)]
-    total = functional.cross_entropy(full_precision(logits), targets.to(logits.device), reduction="sum")
-    return total / (targets.numel() if num_labels is None else num_labels)
+    return functional.cross_entropy(full_precision(logits), targets.to(logits.device), reduction="sum") / count
 
 
 def num_labelled(batch: Mapping[str, Tensor]) -> int:
@@ -60,18 +82,77 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _logits(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _cuda_rng_state(weight: Tensor) -> Tensor | None:
+    return torch.cuda.get_rng_state(weight.device) if weight.device.type == "cuda" else None
+
+
+def _is_plain(head: Any) -> bool:
+    """True for a frozen ``nn.Linear`` whose weight lies here whole: not quantized, adapted, sharded or wrapped."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters()))
+        and head.weight.shape == (head.out_features, head.in_features)
+        and head.weight.device.type != "meta"
+        and "forward" not in vars(head)
+    )
+
+
+class _AtHead:
+    """The loss as it was found at the input of the head, and the one position that the head itself still computed."""
+
+    total: Tensor
+    seen = False
+    raw: Tensor | None = None
+
+    def stands(self, logits: Any) -> bool:
+        """True if the model gave out what the head did: then nothing happens to logits after it."""
+        if self.raw is None or not isinstance(logits, Tensor) or logits.shape != self.raw.shape:
+            return False
+        wider = torch.promote_types(logits.dtype, self.raw.dtype)
+        return torch.equal(logits.detach().to(wider), self.raw.to(wider))
+
+
 @contextlib.contextmanager
-def _head_sees_only(model: Any, keep: Tensor) -> Iterator[list[bool]]:
+def _loss_at_the_head(head: nn.Linear, keep: Tensor, targets: Tensor) -> Iterator[_AtHead]:
+    """While open, the loss is found where the head gets its input, and the head sees one position only."""
+    found = _AtHead()
+
+    def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        labelled = _labelled_positions(args[0], keep)
+        if labelled is None or labelled.shape[0] == 0:
+            return None
+        found.seen = True
+        found.total = _ChunkedCrossEntropy.apply(labelled, head.weight, head.bias, targets.to(labelled.device))
+        return (labelled[:1].detach().unsqueeze(0), *args[1:])
+
+    def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        if found.seen:
+            found.raw = output.detach()
+
+    handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _head_sees_only(head: Any, keep: Tensor) -> Iterator[list[bool]]:
     """While open, the output head gets the labelled positions, (1, labelled, hidden); yields a list, filled then."""
     seen: list[bool] = []
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
     def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = args[0]
-        if hidden.ndim != 3 or hidden.shape[1] != keep.shape[1] + 1:
+        labelled = _labelled_positions(args[0], keep)
+        if labelled is None:
             return None
         seen.append(True)
-        return (hidden[:, :-1][keep.to(hidden.device)].unsqueeze(0), *args[1:])
+        return (labelled.unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select) if isinstance(head, nn.Module) else None
     try:
@@ -79,6 +160,47 @@ def _head_sees_only(model: Any, keep: Tensor) -> Iterator[list[bool]]:
     finally:
         if handle is not None:
             handle.remove()
+
+
+def _labelled_positions(hidden: Tensor, keep: Tensor) -> Tensor | None:
+    """(batch, T, hidden) -> (labelled, hidden); None where the head gets something else than every position."""
+    if hidden.ndim != 3 or hidden.shape[:2] != (keep.shape[0], keep.shape[1] + 1):
+        return None
+    return hidden[:, :-1][keep.to(hidden.device)]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a frozen linear head; gradients are formed chunk by chunk on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+        """Loss, a scalar in float32 (float64 for a float64 model)."""
+        wanted = ctx.needs_input_grad[0]
+        num_bytes = LOGIT_BYTES.get(hidden_NH.device.type, LOGIT_BYTES["cuda"])
+        chunk = max(num_bytes // (4 * weight_VH.shape[0]), 1)
+        gradient_NH = torch.empty_like(hidden_NH) if wanted else None
+        total = torch.zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32), device=hidden_NH.device)
+        for start in range(0, hidden_NH.shape[0], chunk):
+            hidden_CH, targets_C1 = hidden_NH[start : start + chunk], targets_N[start : start + chunk, None]
+            logits_CV = full_precision(functional.linear(hidden_CH, weight_VH, bias_V))
+            largest_C1 = logits_CV.amax(dim=1, keepdim=True)
+            logits_CV -= largest_C1
+            at_target_C1 = logits_CV.gather(1, targets_C1)
+            sum_C1 = logits_CV.exp_().sum(dim=1, keepdim=True)
+            total += (sum_C1.log() - at_target_C1).sum()
+            if gradient_NH is not None:
+                logits_CV /= sum_C1
+                logits_CV.scatter_add_(1, targets_C1, torch.full_like(at_target_C1, -1))
+                gradient_NH[start : start + chunk] = logits_CV.to(weight_VH.dtype) @ weight_VH
+        ctx.save_for_backward(gradient_NH)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """Scale what forward kept."""
+        (gradient_NH,) = ctx.saved_tensors
+        return gradient_NH * gradient, None, None, None
 
 
 def heldout_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
