@@ -29,7 +29,7 @@ LOGIT_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
 _reworks_logits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor], *, num_labels: Tensor | int | None = None) -> Tensor:
+def labelled_loss(model: Any, batch: Mapping[str, Tensor], *, num_labels: Tensor | int | None = None) -> Tensor:
     """Mean cross-entropy of the next token over the labelled positions, in nats; the loss that training uses.
 
     Equal to ``model(**batch).loss`` up to rounding, for every architecture whose head is a module: what the model does
@@ -54,7 +54,7 @@ def labelled_loss(model: nn.Module, batch: Mapping[str, Tensor], *, num_labels: 
         )
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     count = targets.numel() if num_labels is None else num_labels
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if _is_plain(head) and not _reworks_logits.get(head, False):
         random_state = torch.get_rng_state(), _cuda_rng_state(head.weight)
         with _loss_at_the_head(head, keep, targets) as at_head:
@@ -82,7 +82,7 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _logits(output: Any) -> Tensor:
+def _logits(output: Any) -> Any:
     return output.logits if hasattr(output, "logits") else output[0]
 
 
@@ -127,7 +127,9 @@ def _loss_at_the_head(head: nn.Linear, keep: Tensor, targets: Tensor) -> Iterato
         if labelled is None or labelled.shape[0] == 0:
             return None
         found.seen = True
-        found.total = _ChunkedCrossEntropy.apply(labelled, head.weight, head.bias, targets.to(labelled.device))
+        found.total = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            labelled, head.weight, head.bias, targets.to(labelled.device)
+        )
         return (labelled[:1].detach().unsqueeze(0), *args[1:])
 
     def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -196,7 +198,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         """Scale what forward kept."""
         (gradient_NH,) = ctx.saved_tensors
