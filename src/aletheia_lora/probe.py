@@ -142,6 +142,7 @@ def probe(
                         )
                     loss.backward()
                 losses.append(float(loss.detach()))
+                del loss  # and with it the graph, before the next one grows
                 watch.end_of_batch(index)
         finally:
             watch.close()
@@ -211,16 +212,15 @@ class _Watch:
                 return None
             if not output.requires_grad:
                 output.requires_grad_(True)
-            inputs = args[0].detach()
-            position = len(calls)
-            calls.append((inputs, None))
-            self.input_users[id(args[0])] = self.input_users.get(id(args[0]), 0) + 1
+            position, key = len(calls), id(args[0])
+            calls.append((args[0].detach(), None))
+            self.input_users[key] = self.input_users.get(key, 0) + 1
 
-            def with_gradient(gradient: Tensor) -> None:
+            def with_gradient(gradient: Tensor) -> None:  # lives as long as the graph: it must not hold the inputs
                 self.in_backward = True
-                calls[position] = (inputs, gradient)
+                calls[position] = (calls[position][0], gradient)
                 if all(grad is not None for _, grad in calls):
-                    self._measure(name, owner, id(args[0]))
+                    self._measure(name, owner, key)
 
             output.register_hook(with_gradient)
             return output
