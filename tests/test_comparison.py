@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 
 import aletheia_lora
 from aletheia_lora.adapter import shared_copy
-from aletheia_lora.comparison import CompareOptions, compare
-from aletheia_lora.comparison.arms import CONTROLS, planned_arms, time_matched, uniform_plan
+from aletheia_lora.comparison import CompareOptions, compare, watch
+from aletheia_lora.comparison.arms import CONTROLS, planned_arms, uniform_plan
 from aletheia_lora.comparison.record import summarize
+from aletheia_lora.comparison.watch import is_over, progress
 from aletheia_lora.data import collate, split, tokenize
 from aletheia_lora.errors import ConfigError, DataError, NonFiniteLossError, PlanError
 from aletheia_lora.files import json_text
@@ -126,7 +127,7 @@ def test_where_backward_stops_is_measured(record):
 
 @pytest.mark.parametrize(
     ("steps", "evaluations", "expected"),
-    [(6, 3, [2, 4, 6]), (5, 2, [3, 5]), (4, 1, [4]), (2, 4, [1, 2]), (7, 4, [2, 4, 6, 7]), (10, 4, [3, 6, 9, 10])],
+    [(6, 3, [2, 4, 6]), (5, 2, [3, 5]), (4, 1, [4]), (2, 4, [1, 2]), (7, 4, [2, 4, 6, 7]), (10, 4, [3, 5, 8, 10])],
 )
 def test_heldout_loss_is_measured_along_the_run_and_at_its_end(
     monkeypatch, made, parts, tokenizer, steps, evaluations, expected
@@ -300,6 +301,7 @@ def test_an_interruption_leaves_the_model_as_found(monkeypatch, made, parts, tok
     model = build("llama")
     before = copy.deepcopy(model)
     monkeypatch.setattr(ROOM, "heldout_loss", interrupted)
+    monkeypatch.setattr(watch, "heldout_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compared(made, parts, tokenizer, model)
     assert_as_found(model, before)
@@ -355,34 +357,33 @@ def test_uniform_adapts_every_layer_with_the_plain_rank_and_the_plans_targets(pa
 # --- time -------------------------------------------------------------------------------------------------------
 
 
-def test_the_time_matched_arm_gets_the_steps_that_fit_into_uniforms_time(made):
-    uniform, selected = (arm for arm in planned_arms(made, OPTIONS) if arm.full and arm.role != "control")
-    uniform.step_seconds = [5.0] + [2.0] * 5
-    selected.step_seconds = [9.0] + [1.0] * 5
-    selected.probe_seconds = 3.0
-    matched = time_matched(selected, uniform, made, OPTIONS)
-    assert matched.steps == 12  # (15 s - 3 s for the probe) / 1 s
-    assert (matched.name, matched.role, matched.probe_seconds) == ("selected_time_matched", "selected", 3.0)
-    selected.probe_seconds = 9.0
-    assert time_matched(selected, uniform, made, OPTIONS) is None  # no more than the steps it had
+def test_the_time_matched_run_is_over_when_one_more_step_would_take_it_past_uniforms_time(made):
+    arms = {arm.name: arm for arm in planned_arms(made, replace(OPTIONS, matched_time=True))}
+    uniform, matched = arms["uniform"], arms["selected_time_matched"]
+    matched.probe_seconds = 3.0
+    uniform.step_seconds = [5.0, 2.0, 2.0]  # 9 of 18 s: 2 s are the probe's, so 6 steps
+    matched.step_seconds = [1.0] * 6
+    assert progress(matched) == pytest.approx(9 / 18)
+    assert not is_over(matched)  # uniform has not ended
+    uniform.step_seconds += [2.0] * 3
+    uniform.ended = True
+    matched.step_seconds = [1.0] * 11
+    assert not is_over(matched)
+    matched.step_seconds = [1.0] * 12
+    assert is_over(matched) and progress(matched) == 1
 
 
-def test_the_time_matched_arm_trains_longer_by_its_own_schedule(monkeypatch, made, parts, tokenizer):
-    def with_a_slow_uniform(selected, uniform, *args):
-        step = median(selected.step_seconds[1:])
-        slow = replace(uniform, step_seconds=[(selected.probe_seconds + 9.5 * step) / STEPS] * STEPS)
-        return time_matched(selected, slow, *args)
-
-    monkeypatch.setattr(ROOM, "time_matched", with_a_slow_uniform)
-    arms = by_name(found := compared(made, parts, tokenizer, controls=(), matched_time=True))
-    matched, selected = arms["selected_time_matched"], arms["selected"]
-    assert matched["steps"] == 9 > selected["steps"]
-    assert len(matched["train_losses"]) == len(matched["step_seconds"]) == 9
+def test_the_time_matched_run_keeps_pace_with_uniform_and_decays_by_the_clock(made, parts, tokenizer):
+    made = replace(made, probe=replace(made.probe, seconds=0.0))
+    arms = by_name(found := compared(made, parts, tokenizer, controls=(), steps=10, matched_time=True))
+    matched, selected, uniform = arms["selected_time_matched"], arms["selected"], arms["uniform"]
+    assert matched["steps"] == len(matched["step_seconds"]) == len(matched["train_losses"])
+    slowest = max(matched["step_seconds"])
+    assert uniform["total_seconds"] - 2 * slowest < matched["total_seconds"] < uniform["total_seconds"] + slowest
     assert matched["layers"] == selected["layers"] and matched["role"] == "selected" and matched["full"]
     assert matched["first_loss"] == selected["first_loss"]
-    assert matched["train_losses"][:6] != selected["train_losses"]  # its rate decays more slowly
-    assert matched["heldout"][-1]["step"] == 9
-    assert found["summary"]["time_matched_steps"] == 9
+    assert matched["heldout"][-1]["step"] == matched["steps"]
+    assert found["summary"]["time_matched_steps"] == matched["steps"]
     assert found["summary"]["time_matched_heldout_loss"] == matched["final_heldout_loss"]
     check_record(found)
 

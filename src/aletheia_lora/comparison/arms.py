@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ..errors import ConfigError, nearest
 from ..planning import Plan, allocation_options
 from ..selection import STRATEGIES, LayerSelection, SelectionOptions
 
+MOST_STEPS_PER_UNIFORM_STEP = 50
 CONTROLS = ("random", "bottom", "middle", "first", "last", "stride", "top_percent")
 
 
@@ -41,7 +41,7 @@ class CompareOptions:
     controls: tuple[str, ...] = ()
     """Further strategies to train at the same number of layers and ranks."""
     matched_time: bool = True
-    """Also train the selection for as many steps as fit into uniform LoRA's time."""
+    """Also train the selection for as long as uniform LoRA took, by the clock."""
     seed: int = 0
     """Seed of the adapters' start and of the order of rows, the same for every run."""
 
@@ -80,6 +80,10 @@ class Arm:
     heldout: list[dict[str, float]] = field(default_factory=list)
     lowest_backward_layer: int | None = None
     failed: str | None = None
+    pace: Arm | None = None
+    """The run whose clock says how long this one trains; by its own number of steps if left out."""
+    ended: bool = False
+    """True when nothing more will come, also after a failure."""
 
     @property
     def total_seconds(self) -> float:
@@ -99,7 +103,7 @@ class Arm:
             "ranks": sorted({entry.rank for entry in self.plan.ranks}),
             "trainable_params": self.plan.trainable_params,
             "learning_rate": self.learning_rate,
-            "steps": self.steps,
+            "steps": self.steps if self.pace is None else len(self.step_seconds),
             "full": self.full,
             "step_seconds": self.step_seconds,
             "step_seconds_p20": float(quantiles[0]),
@@ -203,23 +207,16 @@ def planned_arms(plan: Plan, options: CompareOptions) -> list[Arm]:
         arms.append(
             Arm(control, f"{count} layers, {control}", "control", "aletheia", other, rate, options.steps, True, cost)
         )
+    if options.matched_time:
+        matched = replace(
+            arms[4],
+            name="selected_time_matched",
+            title=f"{count} selected layers, as long as uniform",
+            steps=options.steps * MOST_STEPS_PER_UNIFORM_STEP,
+            pace=arms[0],
+            step_seconds=[],
+            train_losses=[],
+            heldout=[],
+        )
+        arms.append(matched)
     return arms
-
-
-def time_matched(selected: Arm, uniform: Arm, plan: Plan, options: CompareOptions) -> Arm | None:
-    """The selection again, for the steps that fit into uniform's time, with its own schedule; None if none fit."""
-    per_step = median(selected.step_seconds[1:] or selected.step_seconds)
-    steps = int((uniform.total_seconds - selected.probe_seconds) / per_step)
-    if steps <= options.steps:
-        return None
-    return Arm(
-        "selected_time_matched",
-        f"{len(plan.selection.layers)} selected layers, as long as uniform",
-        "selected",
-        "aletheia",
-        plan,
-        options.learning_rate,
-        steps,
-        True,
-        selected.probe_seconds,
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..adapter import attach, shared_copy
 from ..data import TokenizedRow, TokenizedRows, batches, collate
@@ -24,9 +23,9 @@ from ..loss import heldout_loss
 from ..planning import Plan
 from ..training.interleave import Turn, take_turns
 from ..training.trainer import SFTTrainer
-from ..training.truncation import backward_depth
-from .arms import Arm, CompareOptions, planned_arms, time_matched
+from .arms import Arm, CompareOptions, planned_arms
 from .record import make_record
+from .watch import Pace, Watch
 
 
 def compare(
@@ -72,24 +71,15 @@ def compare(
     arms = planned_arms(plan, options)
     rows = train.to_dataset()
 
-    def run(chosen: list[Arm]) -> None:
-        with _frozen_weights_put_back(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the trainers' own advice, once per arm
-            errors = take_turns([_run_of(arm, model, tokenizer, rows, held_out, pad, options, say) for arm in chosen])
-        for arm, error in zip(chosen, errors, strict=True):
-            if error is not None and arm.role != "control" and arm.full:
-                raise error  # without these two there is nothing to compare
-            if error is not None:
-                arm.failed = f"{type(error).__name__}: {error}"
-                say(f"{arm.name} failed: {arm.failed}")
-
-    run(arms)
-    uniform, selected = (next(arm for arm in arms if arm.name == name) for name in ("uniform", "selected"))
-    matched = time_matched(selected, uniform, plan, options) if options.matched_time else None
-    if matched is not None:
-        say(f"training the selection for {matched.steps} steps, which fit into uniform LoRA's time for {options.steps}")
-        run([matched])
-        arms.append(matched)
+    with _frozen_weights_put_back(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the trainers' own advice, once per arm
+        errors = take_turns([_run_of(arm, model, tokenizer, rows, held_out, pad, options, say) for arm in arms])
+    for arm, error in zip(arms, errors, strict=True):
+        if error is not None and arm.name in ("uniform", "selected"):
+            raise error  # without these two there is nothing to compare
+        if error is not None:
+            arm.failed = f"{type(error).__name__}: {error}"
+            say(f"{arm.name} failed: {arm.failed}")
     return make_record(plan, options, arms, base_loss, model_name, data_name, train, validation)
 
 
@@ -116,17 +106,22 @@ def _run_of(
 ) -> Callable[[Turn], None]:
     def run(turn: Turn) -> None:
         turn.begin()
-        with tempfile.TemporaryDirectory() as folder:
-            plan = arm.plan
-            adapted = attach(
-                shared_copy(model), plan.anatomy, plan.ranks, lora_dropout=plan.lora_dropout, seed=options.seed
-            )
-            trainer = _trainer(arm, adapted, tokenizer, rows, pad, options, folder)
-            watch = _Watch(arm, turn, adapted, held_out, math.ceil(arm.steps / options.evaluations), say)
-            trainer.add_callback(watch)
-            trainer.train()
-            arm.lowest_backward_layer = min(watch.reached, default=None)
-            arm.train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                plan = arm.plan
+                adapted = attach(
+                    shared_copy(model), plan.anatomy, plan.ranks, lora_dropout=plan.lora_dropout, seed=options.seed
+                )
+                trainer = _trainer(arm, adapted, tokenizer, rows, pad, options, folder)
+                if arm.pace is not None:
+                    trainer.add_callback(Pace(arm))
+                watch = Watch(arm, turn, adapted, held_out, options.evaluations, say)
+                trainer.add_callback(watch)
+                trainer.train()
+                arm.lowest_backward_layer = min(watch.reached, default=None)
+                arm.train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        finally:
+            arm.ended = True
 
     return run
 
@@ -139,7 +134,7 @@ def _trainer(
         "max_steps": arm.steps,
         "per_device_train_batch_size": options.batch_size,
         "learning_rate": arm.learning_rate,
-        "lr_scheduler_type": "linear",
+        "lr_scheduler_type": "linear" if arm.pace is None else "constant",
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -164,49 +159,6 @@ def _trainer(
             trainer = trl.SFTTrainer(adapted, args, train_dataset=rows, processing_class=copy.deepcopy(tokenizer))
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-class _Watch(TrainerCallback):
-    """Times each step by the run's own clock, evaluates beside it, and hands the turn on."""
-
-    def __init__(
-        self,
-        arm: Arm,
-        turn: Turn,
-        adapted: PeftModel,
-        held_out: list[dict[str, Tensor]],
-        every: int,
-        say: Callable[[str], None],
-    ) -> None:
-        self.arm, self.turn, self.adapted = arm, turn, adapted
-        self.held_out, self.every, self.say = held_out, every, say
-        self.reached: list[int] = []
-        self.depth: Any = None
-        self.before = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock of the first step starts here: building a trainer is not a training step."""
-        self.depth = backward_depth(self.adapted.get_base_model())
-        self.reached = self.depth.__enter__()
-        self.turn.end_of_step()
-        self.before = self.turn.seconds
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the step's seconds, evaluate if due, and let the next run have its step."""
-        self.turn.pause()
-        self.arm.step_seconds.append(self.turn.seconds - self.before)
-        if self.depth is not None:
-            self.depth.__exit__(None, None, None)
-            self.depth = None
-        step = state.global_step
-        if self.arm.full and (step == args.max_steps or step % self.every == 0):
-            loss = heldout_loss(self.adapted, self.held_out)
-            self.arm.heldout.append({"step": step, "seconds": self.arm.total_seconds, "loss": loss})
-            seconds = f"{self.arm.total_seconds:.0f} s"
-            self.say(f"{self.arm.name}: step {step} of {args.max_steps}, {seconds}, held-out loss {loss:.4f}")
-        self.turn.resume()
-        self.turn.end_of_step()
-        self.before = self.turn.seconds
 
 
 def _collator(pad: int) -> Callable[[list[Mapping[str, Any]]], dict[str, Tensor]]:

@@ -111,7 +111,7 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
         "uniform_heldout_loss": uniform.heldout[-1]["loss"],
         "selected_heldout_loss": selected.heldout[-1]["loss"],
         "time_matched_heldout_loss": matched.heldout[-1]["loss"] if matched and matched.heldout else None,
-        "time_matched_steps": matched.steps if matched else None,
+        "time_matched_steps": len(matched.step_seconds) if matched else None,
         "selected_layers": list(plan.selection.layers),
         "probe_seconds": selected.probe_seconds,
         "probe_share": selected.probe_seconds / sum(selected.step_seconds) if selected.step_seconds else float("nan"),

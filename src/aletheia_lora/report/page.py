@@ -180,7 +180,7 @@ def _deck(record: Record) -> list[str]:
     loss = known(summary.get("uniform_heldout_loss"))
     if matched is not None and loss is not None:
         sentences.append(
-            f"Given {f'{steps:,.0f}' if steps is not None else 'more'} steps, planned to fit into uniform LoRA's time, "
+            f"Given {f'{steps:,.0f}' if steps is not None else 'more'} steps, as many as uniform LoRA's time allowed, "
             f"the selected layers reached a held-out loss of {loss_text(matched)} ({loss_difference(matched, loss)})"
             f"{_time_really_taken(record)}."
         )
@@ -188,13 +188,12 @@ def _deck(record: Record) -> list[str]:
 
 
 def _time_really_taken(record: Record) -> str:
-    """What the run that was to take uniform's time took; it runs afterwards, on a machine that may have changed."""
+    """What the run that ends by uniform LoRA's clock really took."""
     taken = known((find_arm(record, "selected_time_matched") or {}).get("total_seconds"))
     allowed = known((find_arm(record, REFERENCE) or {}).get("total_seconds"))
     if not taken or not allowed:
         return ""
-    share = f", {percent(taken / allowed - 1)} more than planned" if taken > 1.01 * allowed else ""
-    return f" in {significant(taken)} s against {significant(allowed)} s{share}"
+    return f" in {significant(taken)} s against {significant(allowed)} s"
 
 
 def _key_figures(record: Record) -> list[dict[str, str]]:
@@ -205,7 +204,7 @@ def _key_figures(record: Record) -> list[dict[str, str]]:
     return [
         _speed_figure(record),
         _loss_figure(selected, uniform, "held-out loss, same steps", "not measured"),
-        _loss_figure(matched, uniform, "held-out loss, planned same time", "not run"),
+        _loss_figure(matched, uniform, "held-out loss, same time", "not run"),
         _probe_figure(record),
     ]
 

@@ -46,6 +46,11 @@ class Turn:
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._since
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this run's own turns up to this moment; its clock must be running."""
+        return self.seconds + time.perf_counter() - self._since
+
     def resume(self) -> None:
         """Let the clock run on."""
         self._since = time.perf_counter()
