@@ -34,6 +34,7 @@ ROOMS = (
     "selection",
     "allocation",
     "adapter",
+    "fast_lora",
     "config",
     "planning",
     "training",

@@ -1,7 +1,7 @@
 """Ranks -> a ``peft.LoraConfig``; attaches it and takes the census that proves what was adapted.
 
-The one room that knows how PEFT spells things. Modules are named in full, because leaf names reach further than
-meant: into unselected layers of mixture-of-experts models, vision towers and shared experts.
+Beside ``fast_lora.py`` the only room that knows how PEFT spells things. Modules are named in full, because leaf names
+reach further than meant: into unselected layers of mixture-of-experts models, vision towers and shared experts.
 """
 
 from __future__ import annotations

@@ -170,6 +170,7 @@ def _record(
         "probe_seconds": plan.probe.seconds if plan.probe is not None else None,
         "lowest_backward_layer": trainer.lowest_backward_layer,
         "dead_adapters": trainer.dead_adapters,
+        "slow_adapters": trainer.slow_adapters,
         "losses": losses,
     }
 

@@ -1,4 +1,4 @@
-"""The glue to TRL's ``SFTTrainer``: attach by plan, cut the backward, look at labelled logits only, stop on a NaN."""
+"""The glue to TRL's ``SFTTrainer``: attach by plan, do no work that the plan does not need, stop on a NaN."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from ..adapter import attach, check_census, dead_adapters
 from ..data import TokenizedRows, tokenize
 from ..errors import NonFiniteLossError, PlanError
+from ..fast_lora import FastLora
 from ..loss import labelled_loss
 from ..planning import Plan
 from .truncation import Truncation, backward_depth
@@ -34,8 +35,9 @@ class SFTTrainer(trl.SFTTrainer):
 
     Same losses and gradients as PEFT under any other trainer; what differs is the work that is not done: no graph
     below the lowest adapted layer, activation checkpointing (when on) from there up only, logits only where a label
-    is. After :meth:`train`, ``lowest_backward_layer`` says where backward really stopped, and ``dead_adapters`` names
-    adapters that got no gradient in the first step.
+    is, each adapter in one pass forward and one backward. After :meth:`train`, ``lowest_backward_layer`` says where
+    backward really stopped, ``dead_adapters`` names adapters that got no gradient in the first step, and
+    ``slow_adapters`` those that run as PEFT runs them, with the reason.
     """
 
     model: Any
@@ -51,6 +53,7 @@ class SFTTrainer(trl.SFTTrainer):
         eval_dataset: Dataset | TokenizedRows | Sequence[Mapping[str, Any]] | None = None,
         processing_class: Any = None,
         completion_only: bool = True,
+        fast_adapters: bool = True,
         **trl_arguments: Any,
     ) -> None:
         """Attach the plan's adapters to ``model`` and set up TRL's trainer around it.
@@ -63,6 +66,7 @@ class SFTTrainer(trl.SFTTrainer):
             eval_dataset: Likewise.
             processing_class: The tokenizer; found beside the model if left out.
             completion_only: Put the loss on completions and assistant turns only.
+            fast_adapters: Run adapters by :class:`~aletheia_lora.fast_lora.FastLora` while training.
             **trl_arguments: Everything else that ``trl.SFTTrainer`` takes.
 
         Raises:
@@ -83,6 +87,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.plan = plan
         self.lowest_backward_layer: int | None = None
         self.dead_adapters: list[str] = []
+        self.slow_adapters: dict[str, str] = {}
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
         if already_attached:
@@ -108,15 +113,15 @@ class SFTTrainer(trl.SFTTrainer):
                 for parameter, flag in flags:
                     parameter.requires_grad_(flag)
             raise
-        self._truncate = _Truncate(self)
-        self.add_callback(self._truncate)
+        self._shortcuts = _Shortcuts(self, fast_adapters)
+        self.add_callback(self._shortcuts)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as TRL does; the cut is removed afterwards, also on failure."""
+        """Train as TRL does; whatever was hooked onto the model is removed afterwards, also on failure."""
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._truncate.remove()
+            self._shortcuts.remove()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One forward and backward; raises before the optimizer sees a loss that is NaN or infinite.
@@ -162,20 +167,24 @@ class SFTTrainer(trl.SFTTrainer):
         return labelled_loss(model, inputs, num_labels=num_items_in_batch)
 
 
-class _Truncate(TrainerCallback):
-    """Cut the graph while training runs; late, since trainers add input-gradient hooks when training starts."""
+class _Shortcuts(TrainerCallback):
+    """Cut the graph and speed the adapters up while training runs; late, since trainers add hooks of their own."""
 
-    def __init__(self, trainer: SFTTrainer) -> None:
-        self.trainer = trainer
-        self.truncation: Truncation | None = None
+    def __init__(self, trainer: SFTTrainer, fast_adapters: bool) -> None:
+        self.trainer, self.fast_adapters = trainer, fast_adapters
+        self.installed: list[Truncation | FastLora] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut."""
+        """Install both."""
         reentrant = (
             bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant")) and args.gradient_checkpointing
         )
         base_model = self.trainer.model.get_base_model()
-        self.truncation = Truncation(base_model, self.trainer.plan.selection.lowest, reentrant=reentrant)
+        self.installed.append(Truncation(base_model, self.trainer.plan.selection.lowest, reentrant=reentrant))
+        if self.fast_adapters:
+            fast = FastLora(self.trainer.model)
+            self.installed.append(fast)
+            self.trainer.slow_adapters = dict(fast.skipped)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop before the update if a gradient is NaN or infinite, also under a finite loss."""
@@ -188,9 +197,8 @@ class _Truncate(TrainerCallback):
 
     def remove(self) -> None:
         """Put the model back as TRL expects it."""
-        if self.truncation is not None:
-            self.truncation.remove()
-            self.truncation = None
+        while self.installed:
+            self.installed.pop().remove()
 
 
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:
