@@ -58,7 +58,7 @@ def _why_not(module: LoraLayer) -> str | None:
         return "stacked experts"
     if type(module) is not PeftLinear:
         return f"PEFT runs it as {type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__}"
-    base = module.get_base_layer()
+    base: Any = module.get_base_layer()
     if type(base) not in (nn.Linear, Conv1D):
         return f"the base layer is a {type(base).__name__}"
     if not base.weight.is_floating_point():
