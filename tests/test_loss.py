@@ -94,6 +94,32 @@ def test_a_model_that_reworks_its_logits_runs_twice_once_and_draws_the_same_drop
     assert losses[0] == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_a_head_with_a_bias(monkeypatch):
+    monkeypatch.setitem(loss.LOGIT_BYTES, "cpu", 4 * 256 * 5)
+    model = frozen(build("llama"))
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 2, 256), requires_grad=False)
+    batch = random_batches(1)[0]
+    expected = model(**batch, use_cache=False).loss
+    torch.testing.assert_close(labelled_loss(model, batch), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_changes_nothing_and_the_mask_is_passed_on_only_where_it_says_something(family, side):
+    model, batch = frozen(build(family)), random_batches(1)[0]
+    if side == "left":
+        batch = {key: value.flip(1) for key, value in batch.items()}
+        batch["labels"][:, -2:] = batch["input_ids"][:, -2:]
+    masks = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    ours = labelled_loss(model, batch)
+    handle.remove()
+    assert all((mask is None) is (side == "right") for mask in masks)
+    torch.testing.assert_close(ours, model(**batch, use_cache=False).loss, rtol=1e-5, atol=1e-6)
+
+
 def test_a_head_that_trains_gets_its_gradient():
     model = build("llama")
     labelled_loss(model, random_batches(1)[0]).backward()

@@ -22,8 +22,8 @@ from torch.nn import functional
 from .data import NO_LABEL
 from .errors import DataError
 
-# Float32 logits alive at once. Below 32 MB the C allocator reuses the memory instead of asking for fresh pages.
-LOGIT_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
+# Logits alive at once. Fewer rows make the product slower: the head is read anew for every chunk.
+LOGIT_BYTES = {"cpu": 48 << 20, "cuda": 256 << 20}
 
 # Does a model do something to the logits after its head (scale, cap)? Found out at the first batch, per head.
 _reworks_logits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -53,6 +53,8 @@ def labelled_loss(model: Any, batch: Mapping[str, Tensor], *, num_labels: Tensor
             "from. Check the completion column, or raise max_length if prompts fill it."
         )
     inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if _padded_right(inputs.get("attention_mask")):
+        del inputs["attention_mask"]
     count = targets.numel() if num_labels is None else num_labels
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if _is_plain(head) and not _reworks_logits.get(head, False):
@@ -80,6 +82,14 @@ def num_labelled(batch: Mapping[str, Tensor]) -> int:
 def full_precision(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is float64 already."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _padded_right(mask: Tensor | None) -> bool:
+    """True if the mask says nothing that a causal model does not know: no token sees the padding, it comes later.
+
+    Without a mask attention may skip what lies above the diagonal, half of its work.
+    """
+    return mask is not None and mask.ndim == 2 and bool(mask[:, 0].all()) and bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
 def _logits(output: Any) -> Any:
@@ -182,9 +192,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk = max(num_bytes // (4 * weight_VH.shape[0]), 1)
         gradient_NH = torch.empty_like(hidden_NH) if wanted else None
         total = torch.zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32), device=hidden_NH.device)
+        plain = total.dtype == hidden_NH.dtype == weight_VH.dtype and not torch.is_autocast_enabled(total.device.type)
+        rows = min(chunk, hidden_NH.shape[0])
+        buffer_CV = hidden_NH.new_empty(rows, weight_VH.shape[0]) if plain else None
         for start in range(0, hidden_NH.shape[0], chunk):
             hidden_CH, targets_C1 = hidden_NH[start : start + chunk], targets_N[start : start + chunk, None]
-            logits_CV = full_precision(functional.linear(hidden_CH, weight_VH, bias_V))
+            if buffer_CV is None:
+                logits_CV = full_precision(functional.linear(hidden_CH, weight_VH, bias_V))
+            else:
+                logits_CV = torch.mm(hidden_CH, weight_VH.T, out=buffer_CV[: hidden_CH.shape[0]])
+                if bias_V is not None:
+                    logits_CV += bias_V
             largest_C1 = logits_CV.amax(dim=1, keepdim=True)
             logits_CV -= largest_C1
             at_target_C1 = logits_CV.gather(1, targets_C1)
