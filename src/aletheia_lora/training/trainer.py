@@ -18,6 +18,7 @@ from ..data import TokenizedRows, tokenize
 from ..errors import NonFiniteLossError, PlanError
 from ..loss import labelled_loss
 from ..planning import Plan
+from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .truncation import Truncation, backward_depth
 
 try:  # TRL's fused head projects labelled positions only where Triton runs; elsewhere it projects all of them
@@ -51,6 +52,7 @@ class SFTTrainer(trl.SFTTrainer):
         eval_dataset: Dataset | TokenizedRows | Sequence[Mapping[str, Any]] | None = None,
         processing_class: Any = None,
         completion_only: bool = True,
+        prefix_cache: PrefixCacheOptions | None = None,
         **trl_arguments: Any,
     ) -> None:
         """Attach the plan's adapters to ``model`` and set up TRL's trainer around it.
@@ -63,13 +65,17 @@ class SFTTrainer(trl.SFTTrainer):
             eval_dataset: Likewise.
             processing_class: The tokenizer; found beside the model if left out.
             completion_only: Put the loss on completions and assistant turns only.
+            prefix_cache: Keep what the layers below the lowest adapted one compute, and replay it in later epochs;
+                ``prefix_cache_record`` says afterwards what that did.
             **trl_arguments: Everything else that ``trl.SFTTrainer`` takes.
 
         Raises:
-            PlanError: If the plan was made for another model.
+            PlanError: If the plan was made for another model, or adapts layer 0 and a prefix cache is wanted.
             CensusError: If the adapters on the model are not those of the plan.
             DataError: If the rows cannot be tokenized or carry no label.
         """
+        if prefix_cache is not None:
+            check_lowest(plan.selection.lowest)
         args = trl.SFTConfig(use_cpu=next(model.parameters()).device.type == "cpu") if args is None else args
         if "peft_config" in trl_arguments:
             raise PlanError("peft_config was given beside a plan. Leave it out: the plan says what to adapt.")
@@ -83,6 +89,8 @@ class SFTTrainer(trl.SFTTrainer):
         self.plan = plan
         self.lowest_backward_layer: int | None = None
         self.dead_adapters: list[str] = []
+        self.prefix_cache = prefix_cache
+        self.prefix_cache_record: dict[str, Any] | None = None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
         if already_attached:
@@ -168,14 +176,29 @@ class _Truncate(TrainerCallback):
     def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer = trainer
         self.truncation: Truncation | None = None
+        self.prefix_cache: PrefixCache | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut."""
+        """Cut, and open the prefix cache."""
         reentrant = (
             bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant")) and args.gradient_checkpointing
         )
         base_model = self.trainer.model.get_base_model()
         self.truncation = Truncation(base_model, self.trainer.plan.selection.lowest, reentrant=reentrant)
+        if self.trainer.prefix_cache is not None:
+            several = self.trainer.accelerator.num_processes * max(args.n_gpu, 1) > 1
+            self.prefix_cache = PrefixCache(
+                base_model,
+                self.trainer.plan.selection.lowest,
+                self.trainer.prefix_cache,
+                num_tokens=expected_tokens(
+                    self.trainer.train_dataset,
+                    state.max_steps * args.train_batch_size * args.gradient_accumulation_steps,
+                ),
+                unsupported="it is made for one process on one device, without torch.compile"
+                if several or args.torch_compile
+                else None,
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop before the update if a gradient is NaN or infinite, also under a finite loss."""
@@ -188,6 +211,10 @@ class _Truncate(TrainerCallback):
 
     def remove(self) -> None:
         """Put the model back as TRL expects it."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.remove()
+            self.trainer.prefix_cache_record = self.prefix_cache.record()
+            self.prefix_cache = None
         if self.truncation is not None:
             self.truncation.remove()
             self.truncation = None
