@@ -8,13 +8,14 @@ turns the cache off, with the reason. Shape legend: B rows, T columns, N real to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,8 +96,8 @@ class PrefixCache:
         self._checked: dict[bytes, float] = {}
         self._independent: bool | None = None
         self._replay: tuple[Tensor, torch.dtype, BatchRows] | None = None
-        self._calls: list[tuple[int, int]] = []
-        self._last_output: Any = None
+        self._calls: list[tuple[int, int]] | None = None
+        self._states: Tensor | None = None
         self._extras: dict[tuple[int, int], int | None] = {}
         self._stop_below = False
         self.turned_off: str | None = None
@@ -237,30 +238,36 @@ class PrefixCache:
     def _full(self, run: Callable[[], Any]) -> tuple[Any, Tensor | None]:
         """All layers run. Returns the output and the states below ``lowest``, (B, T, H), None if they cannot be had."""
         self._forwards["full"] += 1
-        try:
-            self._calls = []
+        with self._watched() as calls:
             output = run()
-        finally:
-            last, self._last_output = self._last_output, None
-        once = len(set(self._calls)) == len(self._calls) and self._calls[-1:] and self._calls[-1][0] == self._lowest - 1
-        states = _hidden(last)
-        if not once or states is None:
+            states = self._states
+        if states is None or len(set(calls)) < len(calls) or calls[-1][0] != self._lowest - 1:
             self._turn_off(
                 f"the layers below {self._lowest} of {type(self._base).__name__} do not run once each, one after the "
                 "other, from hidden states to hidden states"
             )
             return output, None
-        return output, states.detach()
+        return output, states
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[list[tuple[int, int]]]:
+        """While open, the blocks below ``lowest`` are noted as they run, and the states that the last one gives."""
+        calls: list[tuple[int, int]] = []
+        self._calls = calls
+        try:
+            yield calls
+        finally:
+            self._calls, self._states = None, None
 
     def _below(self, depth: int, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """One block below ``lowest``: runs and is noted; or, in a replay, hands on, at the last the kept states."""
+        """One block below ``lowest``: runs, noted if asked; or, in a replay, hands on, at the last the kept states."""
         if self._replay is None:
             output = original(*args, **kwargs)
-            if self.turned_off is None:
+            if self._calls is not None:
                 self._calls.append((depth, number))
                 self._extras[depth, number] = len(output) - 1 if isinstance(output, tuple) else None
                 if depth == self._lowest - 1:
-                    self._last_output = output
+                    self._states = _hidden(output)
                     if self._stop_below and number == len(self._blocks[depth]) - 1:
                         raise _Enough
             return output
@@ -295,7 +302,8 @@ class PrefixCache:
         """The first replay of its kind, beside a fresh forward: the same, or the cache is turned off."""
         rewind = random_state_point()
         replay, self._replay = self._replay, None
-        with observed(self._blocks, self._lowest, rows.places) as fresh:
+        # Watched, since how each block answers is not known yet where an earlier run kept the rows.
+        with observed(self._blocks, self._lowest, rows.places) as fresh, self._watched():
             note_output(fresh, run(), shape, rows.places)
         rewind()
         self._replay = replay
@@ -340,15 +348,16 @@ class PrefixCache:
         alone = {"input_ids": input_ids_BT.reshape(-1)[places][None], "use_cache": False}
         if position_ids is not None:
             alone["position_ids"] = position_ids.expand_as(input_ids_BT).reshape(-1)[places][None]
+        states_1NH = None
         self._stop_below = True
         try:
-            original(**alone)
-        except _Enough:
-            pass
+            with self._watched():
+                try:
+                    original(**alone)
+                except _Enough:
+                    states_1NH = self._states
         finally:
             self._stop_below = False
-            last, self._last_output = self._last_output, None
-        states_1NH = _hidden(last)
         within = states_BTH.reshape(-1, states_BTH.shape[-1])[places.to(states_BTH.device)]
         measured = difference(None if states_1NH is None else states_1NH[0], within)
         same = measured <= self._allowed(disk=False)
@@ -424,7 +433,7 @@ def _hidden(output: Any) -> Tensor | None:
     """The hidden states in a block's output, (B, T, H), if that is what it gives."""
     hidden = output[0] if isinstance(output, tuple) and output else output
     fits = isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.dtype in DTYPES
-    return hidden if fits else None
+    return hidden.detach() if fits else None
 
 
 def _placed(packed_NH: Tensor, dtype: torch.dtype, rows: BatchRows, arriving: Tensor) -> Tensor:

@@ -109,23 +109,7 @@ def train_adapter(
             f"{len(rows)} rows are fewer than a batch of {options.batch_size}. Add rows or lower batch_size."
         )
     with random_state_kept(), tempfile.TemporaryDirectory() as scratch:
-        args = trl.SFTConfig(
-            output_dir=scratch,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.gradient_accumulation,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="linear",
-            gradient_checkpointing=options.gradient_checkpointing,
-            bf16=False,
-            max_length=None,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            seed=options.seed,
-            use_cpu=next(model.parameters()).device.type == "cpu",
-        )
+        args = _arguments(options, scratch, use_cpu=next(model.parameters()).device.type == "cpu")
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             trainer = SFTTrainer(
@@ -152,6 +136,26 @@ def train_adapter(
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
     return record
+
+
+def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTConfig:
+    return trl.SFTConfig(
+        output_dir=folder,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        gradient_checkpointing=options.gradient_checkpointing,
+        bf16=False,
+        max_length=None,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=options.seed,
+        use_cpu=use_cpu,
+    )
 
 
 def _prefix_cache(options: TrainOptions, say: Callable[[str], None]) -> PrefixCacheOptions | None:
