@@ -111,12 +111,12 @@ def test_padding_changes_nothing_and_the_mask_is_passed_on_only_where_it_says_so
         batch = {key: value.flip(1) for key, value in batch.items()}
         batch["labels"][:, -2:] = batch["input_ids"][:, -2:]
     masks = []
-    handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    handle = model.get_decoder().register_forward_hook(
+        lambda module, args, kwargs, output: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     ours = labelled_loss(model, batch)
     handle.remove()
-    assert all((mask is None) is (side == "right") for mask in masks)
+    assert masks and all((mask is None) is (side == "right") for mask in masks)
     torch.testing.assert_close(ours, model(**batch, use_cache=False).loss, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Held-out loss after the same predicted time: all layers, upper parts, bands, spread choices, early layers now and then."""
+"""Held-out loss after the same predicted time: all layers, upper parts, bands, spread choices, rare early updates."""
 
 import argparse
 import json
@@ -71,7 +71,7 @@ def report(records: list[dict]) -> None:
         mine = [record for record in records if record["choice"] == name and record["seed"] in uniform]
         gains = [record["heldout_loss"] / uniform[record["seed"]] - 1 for record in mine]
         rows.append((statistics.mean(gains), name, mine, gains))
-    print(f"{'choice':26s} {'rank':>4s} {'lowest':>6s} {'time share':>10s} {'steps':>5s}  held-out loss against uniform, by seed")
+    print(f"{'choice':26s} {'rank':>4s} {'lowest':>6s} {'time share':>10s} {'steps':>5s}  held-out loss, by seed")
     for _, name, mine, gains in sorted(rows, key=lambda row: row[0]):
         first = mine[0]
         print(
@@ -109,9 +109,7 @@ class Bench:
         sample = self.train[:200]
         tokens = sum(len(row.input_ids) for row in sample) // 200 * BATCH_SIZE
         labelled = sum(sum(label != -100 for label in row.labels) for row in sample) // 200 * BATCH_SIZE
-        shape = StepShape(
-            num_tokens=tokens, num_labelled_tokens=labelled, sequence_length=max(tokens // BATCH_SIZE, 1)
-        )
+        shape = StepShape(num_tokens=tokens, num_labelled_tokens=labelled, sequence_length=max(tokens // BATCH_SIZE, 1))
         self.cost = cost_model(self.found, shape)
 
     def environment(self) -> dict[str, str]:

@@ -53,23 +53,22 @@ def labelled_loss(model: Any, batch: Mapping[str, Tensor], *, num_labels: Tensor
             "from. Check the completion column, or raise max_length if prompts fill it."
         )
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if _padded_right(inputs.get("attention_mask")):
-        del inputs["attention_mask"]
     count = targets.numel() if num_labels is None else num_labels
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if _is_plain(head) and not _reworks_logits.get(head, False):
-        random_state = torch.get_rng_state(), _cuda_rng_state(head.weight)
-        with _loss_at_the_head(head, keep, targets) as at_head:
-            output = model(**inputs, use_cache=False)
-        if at_head.stands(_logits(output)):
-            _reworks_logits[head] = False
-            return at_head.total / count
-        _reworks_logits[head] = at_head.seen
-        torch.set_rng_state(random_state[0])
-        if random_state[1] is not None:
-            torch.cuda.set_rng_state(random_state[1], head.weight.device)
-    with _head_sees_only(head, keep) as seen:
-        logits = _logits(model(**inputs, use_cache=False))
+    with _no_needless_mask(model, inputs.get("attention_mask")):
+        if _is_plain(head) and not _reworks_logits.get(head, False):
+            random_state = torch.get_rng_state(), _cuda_rng_state(head.weight)
+            with _loss_at_the_head(head, keep, targets) as at_head:
+                output = model(**inputs, use_cache=False)
+            if at_head.stands(_logits(output)):
+                _reworks_logits[head] = False
+                return at_head.total / count
+            _reworks_logits[head] = at_head.seen
+            torch.set_rng_state(random_state[0])
+            if random_state[1] is not None:
+                torch.cuda.set_rng_state(random_state[1], head.weight.device)
+        with _head_sees_only(head, keep) as seen:
+            logits = _logits(model(**inputs, use_cache=False))
     logits = logits.reshape(-1, logits.shape[-1]) if seen else logits[:, :-1][keep.to(logits.device)]
     return functional.cross_entropy(full_precision(logits), targets.to(logits.device), reduction="sum") / count
 
@@ -84,12 +83,31 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _padded_right(mask: Tensor | None) -> bool:
-    """True if the mask says nothing that a causal model does not know: no token sees the padding, it comes later.
+@contextlib.contextmanager
+def _no_needless_mask(model: Any, mask: Tensor | None) -> Iterator[None]:
+    """While open, the decoder gets no mask where padding is on the right: it is causal, no token sees what comes later.
 
-    Without a mask attention may skip what lies above the diagonal, half of its work.
+    Without a mask attention may skip what lies above the diagonal, half of its work. Taken away at the decoder's door,
+    so that whoever watches the model itself still learns which tokens are padding.
     """
-    return mask is not None and mask.ndim == 2 and bool(mask[:, 0].all()) and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    needless = (
+        isinstance(decoder, nn.Module)
+        and mask is not None
+        and mask.ndim == 2
+        and bool(mask[:, 0].all())
+        and bool((mask[:, 1:] <= mask[:, :-1]).all())
+    )
+
+    def drop(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": None} if kwargs.get("attention_mask") is mask else kwargs
+
+    handle = decoder.register_forward_pre_hook(drop, with_kwargs=True) if needless else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _logits(output: Any) -> Any:

@@ -41,7 +41,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "lora_dropout",
     ),
     "train": ("plan", "steps", "batch_size", "learning_rate"),
-    "train_only": ("gradient_accumulation", "gradient_checkpointing"),
+    "train_only": (
+        "gradient_accumulation",
+        "gradient_checkpointing",
+        "prefix_cache",
+        "prefix_cache_dir",
+        "prefix_cache_dtype",
+    ),
     "compare": ("uniform_learning_rate", "timed_steps", "evaluations", "controls", "matched_time"),
     "output": ("output",),
 }
@@ -87,6 +93,9 @@ class RunConfig(BaseModel):
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate, decaying linearly.")
     gradient_accumulation: int = Field(1, ge=1, description="Micro-batches in a step.")
     gradient_checkpointing: bool = Field(False, description="Less memory, more time; from the lowest layer up.")
+    prefix_cache: bool = Field(False, description="Keep what the layers below the adapted ones compute; replay it.")
+    prefix_cache_dir: Path | None = Field(None, description="Keep it in this folder for later runs.")
+    prefix_cache_dtype: Literal["model", "bfloat16"] = Field("model", description="Keep it exactly, or in bfloat16.")
     uniform_learning_rate: float | None = Field(None, gt=0, description="Uniform LoRA's own peak learning rate.")
     timed_steps: int = Field(8, ge=1, description="Steps of runs that are there for their time only.")
     evaluations: int = Field(4, ge=1, description="Held-out evaluations along a run.")

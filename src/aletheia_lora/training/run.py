@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 import trl
@@ -21,6 +21,7 @@ from ..data import TokenizedRows
 from ..errors import ConfigError, DataError, OutputError
 from ..files import check_writable, whole_folder, write_bytes, write_json
 from ..planning import Plan
+from .prefix_cache import DTYPE_NAMES, PrefixCacheOptions, check_lowest
 from .random_state import random_state_kept
 from .trainer import SFTTrainer
 
@@ -41,6 +42,12 @@ class TrainOptions:
     """Peak learning rate, decaying linearly to 0."""
     gradient_checkpointing: bool = False
     """Recompute activations from the lowest adapted layer up: less memory, more time."""
+    prefix_cache: bool = False
+    """Keep the output of the layers below the lowest adapted one, and replay it in later epochs."""
+    prefix_cache_dir: Path | None = None
+    """Keep it here for later runs; None: a temporary folder."""
+    prefix_cache_dtype: Literal["model", "bfloat16"] = "model"
+    """Keep it as the model has it (replays are exact), or rounded to bfloat16."""
     seed: int = 0
     """Seed of the adapters' start and of the order of rows."""
 
@@ -51,6 +58,14 @@ class TrainOptions:
                 raise ConfigError(f"{name}={getattr(self, name)}, expected at least 1.")
         if not 0 < self.learning_rate < float("inf"):
             raise ConfigError(f"learning_rate={self.learning_rate}, expected a positive number.")
+        if self.prefix_cache_dtype not in DTYPE_NAMES:
+            raise ConfigError(
+                f"prefix_cache_dtype={self.prefix_cache_dtype!r}, expected one of {', '.join(DTYPE_NAMES)}."
+            )
+        if self.prefix_cache_dir is not None and not self.prefix_cache:
+            raise ConfigError(
+                "prefix_cache_dir was given, but prefix_cache is off. Turn it on, or leave the folder out."
+            )
 
 
 def train_adapter(
@@ -80,36 +95,31 @@ def train_adapter(
         The record that is also written as ``record.json``.
 
     Raises:
-        OutputError: If the folder cannot be written or holds files; found out before training.
+        OutputError: If the folder cannot be written or holds files, or the disk is short of room for a prefix cache;
+            found out before training.
+        PlanError: If a prefix cache is wanted, but the plan adapts layer 0.
         DataError: If there are fewer rows than a batch.
         NonFiniteLossError: If a loss is NaN or infinite; nothing is written then.
     """
     check_output(output)
+    if options.prefix_cache:
+        check_lowest(plan.selection.lowest)
     if len(rows) < options.batch_size:
         raise DataError(
             f"{len(rows)} rows are fewer than a batch of {options.batch_size}. Add rows or lower batch_size."
         )
     with random_state_kept(), tempfile.TemporaryDirectory() as scratch:
-        args = trl.SFTConfig(
-            output_dir=scratch,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.gradient_accumulation,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="linear",
-            gradient_checkpointing=options.gradient_checkpointing,
-            bf16=False,
-            max_length=None,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            seed=options.seed,
-            use_cpu=next(model.parameters()).device.type == "cpu",
-        )
+        args = _arguments(options, scratch, use_cpu=next(model.parameters()).device.type == "cpu")
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            trainer = SFTTrainer(shared_copy(model), args, plan=plan, train_dataset=rows, processing_class=tokenizer)
+            trainer = SFTTrainer(
+                shared_copy(model),
+                args,
+                plan=plan,
+                train_dataset=rows,
+                processing_class=tokenizer,
+                prefix_cache=_prefix_cache(options, say),
+            )
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.add_callback(_Progress(say))
             started = time.perf_counter()
@@ -126,6 +136,32 @@ def train_adapter(
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
     return record
+
+
+def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTConfig:
+    return trl.SFTConfig(
+        output_dir=folder,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        gradient_checkpointing=options.gradient_checkpointing,
+        bf16=False,
+        max_length=None,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=options.seed,
+        use_cpu=use_cpu,
+    )
+
+
+def _prefix_cache(options: TrainOptions, say: Callable[[str], None]) -> PrefixCacheOptions | None:
+    if not options.prefix_cache:
+        return None
+    return PrefixCacheOptions(folder=options.prefix_cache_dir, dtype=options.prefix_cache_dtype, say=say)
 
 
 def check_output(output: Path) -> None:
@@ -163,7 +199,10 @@ def _record(
         "layers": list(plan.selection.layers),
         "adapters": [{"name": e.name, "rank": e.rank, "alpha": e.alpha} for e in census(trainer.model)],
         "trainable_params": plan.trainable_params,
-        "options": {name: getattr(options, name) for name in options.__dataclass_fields__},
+        "options": {
+            name: value.name if isinstance(value := getattr(options, name), Path) else value
+            for name in options.__dataclass_fields__
+        },
         "train_rows": len(rows),
         "train_digest": rows.digest,
         "seconds": seconds,
@@ -171,6 +210,7 @@ def _record(
         "lowest_backward_layer": trainer.lowest_backward_layer,
         "dead_adapters": trainer.dead_adapters,
         "slow_adapters": trainer.slow_adapters,
+        "prefix_cache": trainer.prefix_cache_record,
         "losses": losses,
     }
 

@@ -19,6 +19,7 @@ from ..errors import NonFiniteLossError, PlanError
 from ..fast_lora import FastLora
 from ..loss import labelled_loss
 from ..planning import Plan
+from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .truncation import Truncation, backward_depth
 
 try:  # TRL's fused head projects labelled positions only where Triton runs; elsewhere it projects all of them
@@ -54,6 +55,7 @@ class SFTTrainer(trl.SFTTrainer):
         processing_class: Any = None,
         completion_only: bool = True,
         fast_adapters: bool = True,
+        prefix_cache: PrefixCacheOptions | None = None,
         **trl_arguments: Any,
     ) -> None:
         """Attach the plan's adapters to ``model`` and set up TRL's trainer around it.
@@ -67,13 +69,17 @@ class SFTTrainer(trl.SFTTrainer):
             processing_class: The tokenizer; found beside the model if left out.
             completion_only: Put the loss on completions and assistant turns only.
             fast_adapters: Run adapters by :class:`~aletheia_lora.fast_lora.FastLora` while training.
+            prefix_cache: Keep what the layers below the lowest adapted one compute, and replay it in later epochs;
+                ``prefix_cache_record`` says afterwards what that did.
             **trl_arguments: Everything else that ``trl.SFTTrainer`` takes.
 
         Raises:
-            PlanError: If the plan was made for another model.
+            PlanError: If the plan was made for another model, or adapts layer 0 and a prefix cache is wanted.
             CensusError: If the adapters on the model are not those of the plan.
             DataError: If the rows cannot be tokenized or carry no label.
         """
+        if prefix_cache is not None:
+            check_lowest(plan.selection.lowest)
         args = trl.SFTConfig(use_cpu=next(model.parameters()).device.type == "cpu") if args is None else args
         if "peft_config" in trl_arguments:
             raise PlanError("peft_config was given beside a plan. Leave it out: the plan says what to adapt.")
@@ -88,6 +94,8 @@ class SFTTrainer(trl.SFTTrainer):
         self.lowest_backward_layer: int | None = None
         self.dead_adapters: list[str] = []
         self.slow_adapters: dict[str, str] = {}
+        self.prefix_cache = prefix_cache
+        self.prefix_cache_record: dict[str, Any] | None = None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
         if already_attached:
@@ -172,19 +180,35 @@ class _Shortcuts(TrainerCallback):
 
     def __init__(self, trainer: SFTTrainer, fast_adapters: bool) -> None:
         self.trainer, self.fast_adapters = trainer, fast_adapters
-        self.installed: list[Truncation | FastLora] = []
+        self.installed: list[Truncation | FastLora | PrefixCache] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Install both."""
+        """Cut, speed up, and open the prefix cache."""
         reentrant = (
             bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant")) and args.gradient_checkpointing
         )
         base_model = self.trainer.model.get_base_model()
-        self.installed.append(Truncation(base_model, self.trainer.plan.selection.lowest, reentrant=reentrant))
+        lowest = self.trainer.plan.selection.lowest
+        self.installed.append(Truncation(base_model, lowest, reentrant=reentrant))
         if self.fast_adapters:
             fast = FastLora(self.trainer.model)
             self.installed.append(fast)
             self.trainer.slow_adapters = dict(fast.skipped)
+        if self.trainer.prefix_cache is not None:
+            several = self.trainer.accelerator.num_processes * max(args.n_gpu, 1) > 1
+            cache = PrefixCache(
+                base_model,
+                lowest,
+                self.trainer.prefix_cache,
+                num_tokens=expected_tokens(
+                    self.trainer.train_dataset,
+                    state.max_steps * args.train_batch_size * args.gradient_accumulation_steps,
+                ),
+                unsupported="it is made for one process on one device, without torch.compile"
+                if several or args.torch_compile
+                else None,
+            )
+            self.installed.append(cache)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop before the update if a gradient is NaN or infinite, also under a finite loss."""
@@ -198,7 +222,10 @@ class _Shortcuts(TrainerCallback):
     def remove(self) -> None:
         """Put the model back as TRL expects it."""
         while self.installed:
-            self.installed.pop().remove()
+            shortcut = self.installed.pop()
+            shortcut.remove()
+            if isinstance(shortcut, PrefixCache):
+                self.trainer.prefix_cache_record = shortcut.record()
 
 
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:

@@ -1,0 +1,98 @@
+"""The prefix cache in the trainer: the same losses under every setting, and a record of what it did."""
+
+import pytest
+import trl
+
+from aletheia_lora.data import tokenize
+from aletheia_lora.errors import ConfigError, PlanError
+from aletheia_lora.planning import plan
+from aletheia_lora.training.prefix_cache import PrefixCacheOptions, expected_tokens
+from aletheia_lora.training.run import TrainOptions, train_adapter
+from aletheia_lora.training.trainer import SFTTrainer
+from families import build
+from tiny_inputs import word_tokenizer
+
+
+@pytest.fixture
+def rows(tokenized_rows):
+    return tokenize(tokenized_rows(6, min_length=8, max_length=16, num_prompt_tokens=4), word_tokenizer())
+
+
+def trained(tmp_path, rows, made, model=None, prefix_cache=None, **changes):
+    settings = {"max_steps": 9, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    settings |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    settings |= {"gradient_checkpointing": False, "seed": 3, "output_dir": str(tmp_path / "trl"), **changes}
+    model = build("llama") if model is None else model
+    trainer = SFTTrainer(
+        model,
+        trl.SFTConfig(**settings),
+        plan=made,
+        train_dataset=rows,
+        eval_dataset=rows[:3],
+        processing_class=word_tokenizer(),
+        prefix_cache=prefix_cache,
+    )
+    trainer.train()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 4},
+        {"bf16": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"eval_strategy": "steps", "eval_steps": 2},
+    ],
+    ids=["plain", "accumulation", "smaller last batch", "bf16", "reentrant checkpointing", "evaluation"],
+)
+def test_training_with_the_cache_is_training_without_it(tmp_path, rows, changes):
+    made = plan(build("llama"), rows, probe_batches=2, rank=4, allocation="uniform", strategy="last", num_layers=2)
+    _, plain = trained(tmp_path, rows, made, **changes)
+    trainer, losses = trained(tmp_path, rows, made, prefix_cache=PrefixCacheOptions(), **changes)
+    assert losses == pytest.approx(plain, abs=2e-5 if not changes.get("bf16") else 2e-2)
+    record = trainer.prefix_cache_record
+    assert record["turned_off"] is None and record["hits"] > record["misses"] > 0 and record["passed_by"] == {}
+    assert trainer.lowest_backward_layer == 2 and trainer.dead_adapters == []
+    assert "forward" not in vars(trainer.model.get_base_model().model.layers[0])
+
+
+def test_padding_free_training_is_replayed(tmp_path, rows):
+    made = plan(build("llama"), rows, probe_batches=2, rank=4, allocation="uniform", strategy="last", num_layers=2)
+    changes = {"packing": True, "max_length": 40}
+    trainer, _ = trained(tmp_path, rows, made, prefix_cache=PrefixCacheOptions(), **changes)
+    assert trainer.prefix_cache_record["hits"] > 0 and trainer.prefix_cache_record["turned_off"] is None
+
+
+def test_the_record_of_a_training_says_what_the_cache_did(tmp_path, rows):
+    made = plan(build("llama"), rows, probe_batches=2, rank=4, allocation="uniform", strategy="last", num_layers=2)
+    options = TrainOptions(steps=6, batch_size=2, prefix_cache=True, prefix_cache_dir=tmp_path / "kept")
+    said = []
+    record = train_adapter(build("llama"), word_tokenizer(), made, rows, tmp_path / "a", options, say=said.append)
+    assert record["options"]["prefix_cache_dir"] == "kept"
+    done = record["prefix_cache"]
+    assert (done["misses"], done["hits"], done["shared"]) == (6, 6, True) and done["bytes_written"] > 0
+    assert done["read_seconds"] > 0 and done["write_seconds"] > 0 and done["largest_difference"] < 1e-6
+    assert any(line.startswith("prefix cache below layer 2: at most") for line in said)
+    record = train_adapter(build("llama"), word_tokenizer(), made, rows, tmp_path / "b", options)
+    assert (record["prefix_cache"]["misses"], record["prefix_cache"]["hits"]) == (0, 12)
+
+
+def test_a_cache_asked_for_in_vain_is_an_error_before_training(tmp_path, rows):
+    made = plan(build("llama"), rows, probe_batches=2, rank=4, allocation="uniform", strategy="all")
+    for trainer in (
+        lambda: trained(tmp_path, rows, made, prefix_cache=PrefixCacheOptions()),
+        lambda: train_adapter(build("llama"), None, made, rows, tmp_path / "a", TrainOptions(prefix_cache=True)),
+    ):
+        with pytest.raises(PlanError, match="adapts layer 0"):
+            trainer()
+    with pytest.raises(ConfigError, match="prefix_cache is off"):
+        TrainOptions(prefix_cache_dir=tmp_path)
+
+
+def test_expected_tokens_count_what_training_meets(rows):
+    data, total = rows.to_dataset(), sum(len(row.input_ids) for row in rows)
+    assert expected_tokens(data, 60) == total and expected_tokens(data, 3) == -(-total // 2)
+    assert expected_tokens(iter([]), 3) is None
