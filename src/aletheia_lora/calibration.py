@@ -34,7 +34,8 @@ class ModuleFactory(Protocol):
 
     def __call__(
         self, in_features: int, out_features: int, rank: int | None, *, device: torch.device, dtype: torch.dtype
-    ) -> nn.Module: ...
+    ) -> nn.Module:
+        """The module, its frozen weights and its adapter random."""
 
 
 def measured_rate(device: torch.device | str, dtype: torch.dtype = torch.float32, *, seconds: float = 0.2) -> float:
@@ -96,7 +97,9 @@ def timed_adapters(
         return timing
     devices = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        benches = {shape: [_Bench(make_module, *shape, rank, device, dtype) for rank in (None, *RANKS)] for shape in shapes}
+        benches = {
+            shape: [_Bench(make_module, *shape, rank, device, dtype) for rank in (None, *RANKS)] for shape in shapes
+        }
         few = min(32, num_tokens)
         everything = [bench for group in benches.values() for bench in group]
         _round(everything, few)  # the first run sets libraries up
@@ -107,7 +110,9 @@ def timed_adapters(
         while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.perf_counter() < ends):
             rounds.append(_round(everything, tokens))
         batching = 1.0
-        probe_tokens = max(int(median(rows * length for rows, length in zip(timing.num_rows, timing.lengths, strict=True))), 1)
+        probe_tokens = max(
+            int(median(rows * length for rows, length in zip(timing.num_rows, timing.lengths, strict=True))), 1
+        )
         if tokens == num_tokens and probe_tokens < tokens:
             frozen = [group[0] for group in benches.values()]
             small = median(sum(_round(frozen, probe_tokens)) for _ in range(MIN_ROUNDS)) / probe_tokens
@@ -140,7 +145,11 @@ def calibrated_cost(anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming)
     batches = [
         cost_model(
             anatomy,
-            StepShape(num_tokens=rows * length, num_labelled_tokens=min(max(labelled, 1), rows * length), sequence_length=length),
+            StepShape(
+                num_tokens=rows * length,
+                num_labelled_tokens=min(max(labelled, 1), rows * length),
+                sequence_length=length,
+            ),
         )
         for rows, length, labelled in zip(timing.num_rows, timing.lengths, timing.num_labelled, strict=True)
     ]
@@ -153,8 +162,10 @@ def calibrated_cost(anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming)
         groups[_shape_of(layer, left_out[layer.layer_idx])].append(layer.layer_idx)
     forward, backward = [0.0] * anatomy.num_layers, [0.0] * anatomy.num_layers
     for members in groups.values():
-        forward_rate = median(timing.forward[b][l] / batches[b].forward[l] for b in used for l in members)
-        backward_rate = median(timing.backward[b][l] / batches[b].backward[l] for b in used for l in members)
+        forward_rate = median(timing.forward[b][layer] / batches[b].forward[layer] for b in used for layer in members)
+        backward_rate = median(
+            timing.backward[b][layer] / batches[b].backward[layer] for b in used for layer in members
+        )
         for layer_idx in members:
             forward[layer_idx] = forward_rate * target.forward[layer_idx] * timing.batching
             backward[layer_idx] = backward_rate * target.backward[layer_idx] * timing.batching
@@ -196,7 +207,9 @@ class _Bench:
     def seconds(self, num_tokens: int) -> float:
         """Wall time of one forward and backward on this many tokens."""
         if num_tokens not in self.batches:
-            inputs, gradient = (torch.randn(1, num_tokens, side, device=self.device, dtype=self.dtype) for side in self.sides)
+            inputs, gradient = (
+                torch.randn(1, num_tokens, side, device=self.device, dtype=self.dtype) for side in self.sides
+            )
             self.batches = {num_tokens: (inputs.requires_grad_(), gradient)}
         inputs, gradient = self.batches[num_tokens]
         _wait(self.device)

@@ -8,11 +8,12 @@ very shape of training, and every tensor that is saved for backward is noted lay
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -200,6 +201,10 @@ def memory_model(
         dtype = embedding_of(model).weight.dtype
         weights = stored_bytes(model) if weights is None else weights
     layers, how = _activations(anatomy, model, num_rows, length, dtype)
+    layers = tuple(
+        replace(entry, adapter_inputs=entry.adapter_inputs + _merged_experts(layer))
+        for entry, layer in zip(layers, anatomy.layers, strict=True)
+    )
     widest = max(max(m.in_features, m.out_features) for m in anatomy.modules)
     hidden_per_token = anatomy.hidden_size * dtype.itemsize
     logit_bytes = anatomy.vocab_size * (dtype.itemsize + 4 * LOGIT_COPIES)
@@ -262,7 +267,8 @@ def device_memory(device: torch.device | str) -> int:
         raise RuntimeError(f"the memory of {target.type} cannot be read")
     except (RuntimeError, AssertionError, ValueError, OSError) as error:
         raise ValueError(
-            f"device={str(device)!r}: {str(error).splitlines()[0]}. Name a device of this machine, or give memory_budget."
+            f"device={str(device)!r}: {str(error).splitlines()[0]}. Name a device of this machine, or give "
+            "memory_budget."
         ) from error
 
 
@@ -274,6 +280,7 @@ def saved_activations(
 ) -> tuple[LayerActivations, ...]:
     """Bytes that each layer keeps for backward in one real forward of this shape; the model is left as found.
 
+    The batch is padded, as batches of training are: with a mask attention keeps more than without.
     Frozen weights need no gradient, so only what the gradient of the activations needs is kept, plus what adapters
     need: the input of each adapted matrix, in float32, and per rank one float32 number per token.
 
@@ -291,8 +298,10 @@ def saved_activations(
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             model.eval()
+            mask = torch.ones_like(input_ids)
+            mask[0, -1] = 0
             with torch.autograd.graph.saved_tensors_hooks(trace.note, lambda tensor: tensor):
-                model(input_ids=input_ids, use_cache=False)
+                model(input_ids=input_ids, attention_mask=mask, use_cache=False)
     finally:
         trace.close()
         for parameter, flag in flags:
@@ -386,8 +395,7 @@ class _Trace:
                 adapter_inputs=sum(
                     size for storage, (size, _) in self.inputs[layer.layer_idx].items() if storage not in self.kept
                 )
-                + self.casts[layer.layer_idx]
-                + _merged_experts(layer),
+                + self.casts[layer.layer_idx],
                 adapter_per_rank=sum(4 * self.rows.get(module.name, 0) for module in layer.modules),
             )
             for layer in self.anatomy.layers
@@ -403,12 +411,17 @@ def _activations(
 ) -> tuple[tuple[LayerActivations, ...], Activations]:
     """The activations by the best way that works, and which one that was."""
     if model is not None:
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        level = logger.level
         try:
+            logger.setLevel(logging.CRITICAL)  # a kernel that cannot be traced is no news: there is another way
             twin, mode = without_contents(model)
             with mode:
                 return saved_activations(twin, anatomy, num_rows=num_rows, length=length), "traced"
         except Exception:  # kernels that read contents, packed weights: whatever a foreign forward raises
             pass
+        finally:
+            logger.setLevel(level)
         if not any(parameter.device.type == "meta" for parameter in model.parameters()):
             try:
                 few = min(length, TRIAL_LENGTH)
@@ -427,7 +440,7 @@ def _formula(layer: LayerAnatomy, anatomy: ModelAnatomy, tokens: int, dtype: tor
     casts = [module.in_features for module in layer.modules] if size < 4 else [side for _, side in inputs]
     return LayerActivations(
         saved=round(tokens * size * (2 * anatomy.hidden_size + 1.5 * outputs)),
-        adapter_inputs=tokens * 4 * sum(casts) + _merged_experts(layer),
+        adapter_inputs=tokens * 4 * sum(casts),
         adapter_per_rank=4 * tokens * sum(module.storage != "stacked" for module in layer.modules),
     )
 

@@ -88,7 +88,9 @@ class StepTiming:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> StepTiming:
         """Read back what ``dataclasses.asdict`` wrote, from JSON or not."""
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
+        }
         for key in ("forward", "backward"):
             fields[key] = tuple(tuple(batch) for batch in record[key])
         fields["adapters"] = tuple(AdapterTiming(**entry) for entry in record["adapters"])
