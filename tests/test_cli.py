@@ -162,7 +162,7 @@ def test_plan_keeps_a_plan_that_says_what_was_printed(aletheia, model, data, tmp
         assert made.selection.layers == (2, 3)
         assert names(file.parent) == {file.name}
     record = one_object(aletheia("plan", model, data, *SMALL, "--json"))
-    assert Plan.from_dict(record).selection == made.selection
+    assert Plan.from_dict(record).selection.layers == made.selection.layers
     assert record["file"] is None and record["text"].startswith("LlamaForCausalLM: layers 2-3")
 
 

@@ -156,6 +156,8 @@ def outlook_text(record: dict[str, Any]) -> str:
 
 def _four_bit_bytes(model: Any, found: ModelAnatomy) -> int:
     """Bytes of the model with the linear maps of its layers in 4 bits and everything else as it is stored."""
-    packed = sum(module.num_params for module in found.modules if module.storage in ("linear", "conv1d", "stacked"))
-    size = next(model.parameters()).element_size()
+    packed: int = sum(
+        module.num_params for module in found.modules if module.storage in ("linear", "conv1d", "stacked")
+    )
+    size = int(next(model.parameters()).element_size())
     return round(stored_bytes(model) - packed * size + packed * FOUR_BIT_BYTES)
