@@ -60,7 +60,9 @@ def test_a_72b_model_is_predicted_from_its_shape():
     record = outlook(model, OPTIONS)
     assert record["num_params"] == 72_706_203_648
     assert record["weights_bytes"]["bfloat16"] == pytest.approx(2 * 72_706_203_648, rel=1e-6)
-    assert record["weights_bytes"]["4-bit"] == pytest.approx(42.5 * 2**30, rel=0.02)
+    assert record["weights_bytes"]["4-bit"] == pytest.approx(
+        0.5625 * 80 * (3 * 8192 * 29568 + 2 * 8192 * 8192 + 2 * 8192 * 1024) + 2 * 2 * 152064 * 8192, rel=1e-3
+    )
 
 
 def test_the_command_answers_from_a_folder_or_a_file_without_weights(folder, monkeypatch, capsys):

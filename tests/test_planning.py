@@ -253,7 +253,7 @@ def test_the_switches_change_the_prediction(measured):
 
 
 def test_an_uncalibrated_plan_has_no_seconds_and_an_old_one_no_prediction(measured):
-    model, found, result = measured
+    _, found, result = measured
     made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy="last", calibrate=False))
     assert made.prediction.seconds is None
     assert (made.prediction.time_from, made.prediction.memory_from) == ("counted", "formula")

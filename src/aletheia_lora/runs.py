@@ -112,7 +112,7 @@ def preview_plan(config: RunConfig, say: Say) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     _given_plan(config)
     budget = parse_bytes(config.memory_budget)
-    model = load_model(config, say)[0].to("meta") if config.model == EMBEDDED else model_from_config(config.model)
+    model = model_from_config(load_model(config, say)[0].config if config.model == EMBEDDED else config.model)
     try:
         device = _device(config)
         if config.tflops is None:
