@@ -99,7 +99,8 @@ def test_planning_from_a_probe_does_not_change_the_probe(measured):
 
 def test_the_same_seed_gives_the_same_plan_and_another_seed_other_rows(rows):
     model = build("llama")
-    first, again, other = (plan(model, rows, **SMALL, strategy="random", num_layers=2, seed=seed) for seed in (3, 3, 4))
+    counted = {**SMALL, "strategy": "random", "num_layers": 2, "calibrate": False}  # a clock has no seed
+    first, again, other = (plan(model, rows, **counted, seed=seed) for seed in (3, 3, 4))
     assert again.scores == first.scores and again.ranks == first.ranks and again.selection == first.selection
     assert other.probe.losses != first.probe.losses
 
@@ -169,6 +170,10 @@ def test_ranks_in_proportion_to_a_flat_profile_are_refused(rows):
         ({"num_layers": 5, "strategy": "top_percent"}, "num_layers=5, but the model has 4 layers"),
         ({"time_budget": 0}, "time_budget=0"),
         ({"time_budget": 0.05}, "below what one layer needs"),
+        ({"memory_budget": "24Gigs"}, "memory_budget='24Gigs'"),
+        ({"memory_budget": 0}, "memory_budget=0"),
+        ({"memory_budget": "1kB"}, "memory_budget=1000 bytes is below what one layer needs"),
+        ({"batch_size": 0}, "batch_size=0"),
         ({"mass": 1.5}, "mass=1.5"),
         ({"rank": 0}, "rank"),
         ({"rank": 33}, "rank 33 is larger than"),
@@ -204,6 +209,57 @@ def test_a_budget_is_kept_with_the_ranks_that_are_given_or_the_error_names_one_t
         assert enough > time_budget
         time_budget = enough
     assert made.selection.predicted_time_share <= time_budget * (1 + 1e-9)  # float64
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "matched"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_memory_budget_is_kept_or_the_error_names_one_that_will_do(measured, allocation, gradient_checkpointing):
+    model, found, result = measured
+    options = PlanOptions(
+        **SMALL, allocation=allocation, time_budget=1, gradient_checkpointing=gradient_checkpointing, calibrate=False
+    )
+    free = plan_from_probe(found, result, options, model=model).prediction.bytes
+    with pytest.raises(PlanError, match="memory_budget=1 bytes is below") as caught:
+        plan_from_probe(found, result, replace(options, memory_budget=1), model=model)
+    least = int(re.search(r": (\d+) bytes", str(caught.value)).group(1))
+    assert least < free
+    for budget in (least, (least + free) // 2, free):
+        made = plan_from_probe(found, result, replace(options, memory_budget=budget), model=model)
+        assert made.prediction.bytes <= budget
+
+
+def test_predictions_are_for_training_batches_and_not_for_the_probes(rows):
+    small, large = (plan(build("llama"), rows, **SMALL, strategy="all", batch_size=n) for n in (1, 8))
+    assert (small.prediction.num_rows, large.prediction.num_rows) == (1, 8)
+    assert large.prediction.bytes > small.prediction.bytes
+    lengths = sorted(len(row.input_ids) for row in rows)
+    assert large.prediction.max_length == small.prediction.max_length == lengths[-1]
+    assert small.prediction.mean_length == pytest.approx(sum(lengths) / len(lengths))
+    assert large.prediction.mean_length > small.prediction.mean_length
+    assert large.prediction.time_from == "calibrated" and large.prediction.seconds > 0
+    assert "calibrated time, traced memory" in str(large).splitlines()[1]
+    assert Plan.from_dict(json.loads(json.dumps(large.to_dict()))) == large
+
+
+def test_the_switches_change_the_prediction(measured):
+    model, found, result = measured
+    options = PlanOptions(**SMALL, strategy="last", num_layers=2)
+    plain, cheaper, cached = (
+        plan_from_probe(found, result, replace(options, **change), model=model).prediction
+        for change in ({}, {"gradient_checkpointing": True}, {"prefix_cache": True})
+    )
+    assert cheaper.seconds > plain.seconds and cheaper.bytes < plain.bytes
+    assert cached.seconds < plain.seconds and cached.uniform_seconds == plain.uniform_seconds
+
+
+def test_an_uncalibrated_plan_has_no_seconds_and_an_old_one_no_prediction(measured):
+    _, found, result = measured
+    made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy="last", calibrate=False))
+    assert made.prediction.seconds is None
+    assert (made.prediction.time_from, made.prediction.memory_from) == ("counted", "formula")
+    record = made.to_dict()
+    del record["prediction"]
+    assert Plan.from_dict(record) == replace(made, prediction=None)
 
 
 def test_targets_limit_what_is_adapted(rows):

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.cost import CostModel, StepShape, cost_model
 from aletheia_lora.errors import PlanError
+from aletheia_lora.memory import LayerActivations, MemoryModel
 from aletheia_lora.selection import (
     STRATEGIES,
     LayerSelection,
@@ -362,3 +363,46 @@ def test_a_nan_score_is_refused_by_every_strategy(strategy: str) -> None:
 def test_an_option_out_of_range_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SelectionOptions(**wrong)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def random_memory(rng: np.random.Generator, num_layers: int, *, equal: bool) -> MemoryModel:
+    sizes = [tuple(int(size) for size in rng.integers(50, 200, size=3)) for _ in range(num_layers)]
+    layers = [LayerActivations(*(sizes[0] if equal else entry)) for entry in sizes]
+    params = tuple(1 if equal else int(count) for count in rng.integers(1, 20, size=num_layers))
+    return MemoryModel(tuple(layers), params, 1000, 10, 100, 50, 900, 5, "traced")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_time_and_memory_budgets_together_are_kept_exactly(seed: int, checkpointing: bool, equal: bool) -> None:
+    rng = np.random.default_rng(seed)
+    scores = {layer: float(score) for layer, score in enumerate(rng.uniform(0, 1, size=7))}
+    cost, memory = random_cost(rng, 7, equal_adapters=equal), random_memory(rng, 7, equal=equal)
+    switches = {"checkpointing": checkpointing, "prefix_cached": seed % 2 == 0}
+    for share in (0.45, 0.6, 0.8):
+        budget = int(memory.step(range(7), checkpointing=checkpointing) * share)
+        options = SelectionOptions(time_budget=0.9, memory_budget=budget, cost=cost, memory=memory, rank=16, **switches)
+        fitting = [
+            layers
+            for size in range(1, 8)
+            for layers in itertools.combinations(scores, size)
+            if options.time_share(layers) <= 0.9 * (1 + 1e-9) and options.step_bytes(layers) <= budget
+        ]
+        if not fitting:
+            with pytest.raises(PlanError, match=r"is below what one layer needs"):
+                select(scores, "budget", options)
+            continue
+        made = select(scores, "budget", options)
+        assert sum(scores[layer] for layer in made.layers) == pytest.approx(
+            max(sum(scores[layer] for layer in layers) for layers in fitting), rel=1e-6
+        )
+        assert options.step_bytes(made.layers) <= budget * (1 + 1e-6)  # the solver's tolerance
+
+
+def test_a_memory_budget_needs_a_memory_model() -> None:
+    with pytest.raises(ValueError, match="a memory budget needs a memory model"):
+        SelectionOptions(memory_budget=10)

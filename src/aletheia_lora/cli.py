@@ -75,13 +75,16 @@ def _command(
     arguments: tuple[str, ...],
     run: str,
     show: Callable[[dict[str, Any]], None],
+    preview: str | None = None,
 ) -> None:
-    """Register a command whose flags are the fields of the given groups."""
+    """Register a command whose flags are the fields of the given groups; ``preview`` runs instead on a dry run."""
     fields = [key for group in groups for key in GROUPS[group]]
 
     def command(**flags: Any) -> None:
         config = resolve(flags.pop("config"), {k: v for k, v in flags.items() if k not in ("dry_run", "as_json")})
-        _execute(config, run, dry_run=flags["dry_run"], as_json=flags["as_json"], show=show)
+        dry_run = flags["dry_run"] and preview is None
+        chosen = preview if flags["dry_run"] and preview is not None else run
+        _execute(config, chosen, dry_run=dry_run, as_json=flags["as_json"], show=show)
 
     parameters = []
     for key in (*arguments, *(key for key in fields if key not in arguments)):
@@ -92,11 +95,10 @@ def _command(
             typer.Argument(help=field.description) if key in arguments else typer.Option(help=text, show_default=False)
         )
         parameters.append(_parameter(key, Annotated[_optional(field.annotation), kind]))
+    dry = "Print the resolved run and stop." if preview is None else "Predict from the model's config.json, and stop."
     parameters += [
         _parameter("config", Annotated[Path | None, typer.Option(help="A run.yaml; flags go on top.")]),
-        _parameter(
-            "dry_run", Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and stop.")], False
-        ),
+        _parameter("dry_run", Annotated[bool, typer.Option("--dry-run", help=dry)], False),
         _parameter(
             "as_json", Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")], False
         ),
@@ -194,16 +196,17 @@ _command(
 )
 _command(
     "plan",
-    "Choose layers and ranks, and predict what that saves; --output plan.json keeps it.",
-    ("model", *_PLANNING, "output"),
+    "Choose layers and ranks, and predict what that saves; --output plan.json keeps it, --dry-run needs no weights.",
+    ("model", *_PLANNING, "step", "checkpointing", "plan_only", "output"),
     ("model", "data"),
     "run_plan",
     _show_plan,
+    "preview_plan",
 )
 _command(
     "train",
     "Train an adapter by plan; --output FOLDER takes it.",
-    ("model", *_PLANNING, "train", "train_only", "output"),
+    ("model", *_PLANNING, "step", "checkpointing", "train", "train_only", "output"),
     ("model", "data"),
     "run_train",
     _show_train,
@@ -211,7 +214,7 @@ _command(
 _command(
     "compare",
     "Selected layers against uniform LoRA (and --controls): same rows, order and steps; a table and a page.",
-    ("model", *_PLANNING, "train", "compare", "output"),
+    ("model", *_PLANNING, "step", "train", "compare", "output"),
     ("model", "data"),
     "run_compare",
     _show_compare,

@@ -1,8 +1,9 @@
 """An anatomy and the shape of a batch -> what a training step costs for any choice of layers, by counting.
 
 Comes in: a :class:`ModelAnatomy` (of a model on the ``meta`` device, too) and a :class:`StepShape`. Goes out: a
-:class:`CostModel` in floating-point operations. Only ratios of its answers mean something; a calibration replaces the
-counts by measured seconds (``dataclasses.replace``) and every method stays as it is.
+:class:`CostModel` in floating-point operations: only ratios of its answers mean something. ``calibration.py`` puts
+measured seconds in their place, or a machine's rate turns them into seconds (:meth:`CostModel.in_seconds`); every
+method stays as it is.
 
 With F_l the forward of layer l, B_l its activation backward, a_l its adapters, H the head and loss, S the adapted
 layers and m the lowest of them::
@@ -13,8 +14,8 @@ layers and m the lowest of them::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from .anatomy import LayerAnatomy, ModelAnatomy
 from .errors import PlanError
@@ -29,6 +30,8 @@ ADAPTER_OVERHEAD_RANKS = 30.0
 # The softmax takes several float32 passes over tokens x vocabulary.
 HEAD_PENALTY = 1.5
 
+Unit = Literal["operations", "seconds"]
+Source = Literal["counted", "calibrated"]
 Ranks = float | Mapping[int, float]
 """One rank for all layers, or one per layer. Where ranks differ within a layer, their mean weighted by in + out."""
 
@@ -55,7 +58,7 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Cost of the parts of a step, one entry per layer; floating-point operations unless calibrated."""
+    """Cost of the parts of a step, one entry per layer, in ``unit``."""
 
     forward: tuple[float, ...]
     """F_l: the frozen layer, without adapters."""
@@ -67,11 +70,56 @@ class CostModel:
     """H: logits and loss of the labelled tokens, forward and backward."""
     head_all_tokens: float
     """The same when logits are computed for every token, as transformers' Trainer does."""
+    adapter_fixed: tuple[float, ...] | None = None
+    """What the adapters of a layer cost whatever their rank; None is ADAPTER_OVERHEAD_RANKS times one rank."""
+    unit: Unit = "operations"
+    """Of every number above."""
+    source: Source = "counted"
+    """``calibrated`` where the numbers follow from seconds measured on this model and machine."""
+
+    def __post_init__(self) -> None:
+        if len({len(self.forward), len(self.backward), len(self.adapter_per_rank), len(self.fixed)}) > 1:
+            raise ValueError("the parts of a cost model differ in their number of layers, expected one number a layer.")
 
     @property
     def num_layers(self) -> int:
         """Number of layers, L."""
         return len(self.forward)
+
+    @property
+    def fixed(self) -> tuple[float, ...]:
+        """What the adapters of each layer cost whatever their rank."""
+        if self.adapter_fixed is not None:
+            return self.adapter_fixed
+        return tuple(ADAPTER_OVERHEAD_RANKS * one for one in self.adapter_per_rank)
+
+    def in_seconds(self, operations_per_second: float) -> CostModel:
+        """The same model in seconds, for a machine of this rate; as it is where it is in seconds already.
+
+        Args:
+            operations_per_second: As :func:`~aletheia_lora.calibration.measured_rate` finds it.
+
+        Raises:
+            ValueError: If the rate is not a positive finite number.
+        """
+        if not 0 < operations_per_second < float("inf"):
+            raise ValueError(f"a rate of {operations_per_second} operations a second, expected a positive number.")
+        if self.unit == "seconds":
+            return self
+
+        def scaled(parts: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(part / operations_per_second for part in parts)
+
+        return replace(
+            self,
+            forward=scaled(self.forward),
+            backward=scaled(self.backward),
+            adapter_per_rank=scaled(self.adapter_per_rank),
+            adapter_fixed=scaled(self.fixed),
+            head=self.head / operations_per_second,
+            head_all_tokens=self.head_all_tokens / operations_per_second,
+            unit="seconds",
+        )
 
     def without_adapters(
         self, lowest: int, *, checkpointing: bool = False, prefix_cached: bool = False, all_logits: bool = False
@@ -99,8 +147,11 @@ class CostModel:
             missing = [layer for layer in chosen if layer not in rank]
             if missing:
                 raise PlanError(f"no rank was given for layers {missing}. Give one for each of {chosen}.")
-            return sum((rank[layer] + ADAPTER_OVERHEAD_RANKS) * self.adapter_per_rank[layer] for layer in chosen)
-        return sum((rank + ADAPTER_OVERHEAD_RANKS) * self.adapter_per_rank[layer] for layer in chosen)
+        fixed = self.fixed
+        return sum(
+            fixed[layer] + (rank[layer] if isinstance(rank, Mapping) else rank) * self.adapter_per_rank[layer]
+            for layer in chosen
+        )
 
     def step(
         self,
@@ -176,6 +227,8 @@ class CostModel:
     def from_dict(cls, record: Mapping[str, Any]) -> CostModel:
         """Read back what :meth:`to_dict` wrote."""
         per_layer = {key: tuple(record[key]) for key in ("forward", "backward", "adapter_per_rank")}
+        if record.get("adapter_fixed") is not None:
+            per_layer["adapter_fixed"] = tuple(record["adapter_fixed"])
         return cls(**{**record, **per_layer})
 
 

@@ -90,7 +90,7 @@ def _no_needless_mask(model: Any, mask: Tensor | None) -> Iterator[None]:
     Without a mask attention may skip what lies above the diagonal, half of its work. Taken away at the decoder's door,
     so that whoever watches the model itself still learns which tokens are padding.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
     needless = (
         isinstance(decoder, nn.Module)
         and mask is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,14 +16,25 @@ from peft import LoraConfig
 from .adapter import lora_config
 from .allocation import AllocationOptions, ModuleRank, allocate, trainable_params
 from .anatomy import ModelAnatomy, anatomy
-from .cost import CostModel, StepShape, cost_model
+from .calibration import timed_adapters
 from .data import TokenizedRows, batches, tokenize
 from .errors import PlanError, nearest
 from .files import write_json
+from .layers import embedding_of
+from .memory import parse_bytes
+from .prediction import (
+    Prediction,
+    batch_shape,
+    length_profile,
+    predict,
+    prediction_from_dict,
+    probe_cost,
+    probe_memory,
+)
 from .probe import Mode, probe
 from .probe_result import ProbeResult
 from .scores import layer_scores
-from .selection import LayerSelection, ParetoPoint, SelectionOptions, pareto, select
+from .selection import LayerSelection, ParetoPoint, SelectionOptions, nothing_fits, pareto, select
 
 FORMAT = "aletheia-plan/1"
 
@@ -44,7 +54,17 @@ class PlanOptions:
     mass: float = 0.8
     """Share of the total score to hold, for ``mass``."""
     time_budget: float = 0.7
-    """Predicted step time allowed, as a share of uniform LoRA's, for ``budget``."""
+    """Predicted step time allowed, as a share of uniform LoRA's, for ``budget``; 1 leaves memory to decide."""
+    memory_budget: int | str | None = None
+    """Predicted memory allowed at the highest point of a step, for ``budget``: bytes, or text such as ``24GiB``."""
+    batch_size: int = 4
+    """Rows in a batch of training, which predictions are made for."""
+    gradient_checkpointing: bool = False
+    """Training will recompute activations from the lowest layer up."""
+    prefix_cache: bool = False
+    """Predict later epochs of a training that keeps the input of the lowest layer."""
+    calibrate: bool = True
+    """Predict by the time that the probe took here; without, by counting, and alike on every machine."""
     allocation: str = "matched"
     """Which rule gives the ranks: a key of ``allocation.ALLOCATIONS``."""
     rank: int = 16
@@ -70,6 +90,12 @@ class PlanOptions:
     seed: int = 0
     """Seed of everything random in the plan."""
 
+    def __post_init__(self) -> None:
+        """Check what no later room checks."""
+        parse_bytes(self.memory_budget)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}, expected at least 1.")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,6 +109,8 @@ class Plan:
     pareto: tuple[ParetoPoint, ...]
     probe: ProbeResult | None
     """What the scores were made from; None for a plan made without a probe."""
+    prediction: Prediction | None = None
+    """Time and memory of a step; None in plans from before these were predicted."""
 
     @property
     def lora_dropout(self) -> float:
@@ -114,6 +142,8 @@ class Plan:
     def __str__(self) -> str:
         """Which layers, why, what it costs; a few lines for a person."""
         lines = [f"{self.anatomy.architecture}: {self.selection.describe()}"]
+        if self.prediction is not None:
+            lines.append(self.prediction.describe())
         if self.probe is not None:
             overlap = self.probe.split_half_overlap()
             lines.append(
@@ -145,6 +175,7 @@ class Plan:
             "ranks": [asdict(entry) for entry in self.ranks],
             "pareto": [asdict(point) for point in self.pareto],
             "probe": None if self.probe is None else self.probe.to_dict(),
+            "prediction": None if self.prediction is None else self.prediction.to_dict(),
         }
 
     @classmethod
@@ -157,7 +188,7 @@ class Plan:
         if not isinstance(record, Mapping) or record.get("format") != FORMAT:
             given = record.get("format") if isinstance(record, Mapping) else type(record).__name__
             raise PlanError(f"not a plan: format is {given!r}, expected {FORMAT!r}.")
-        missing = [key.name for key in fields(cls) if key.name not in record]
+        missing = [key.name for key in fields(cls) if key.name not in record and key.name != "prediction"]
         if missing:
             raise PlanError(f"the plan lacks {missing}. Make it again with `aletheia plan`.")
         try:
@@ -185,6 +216,7 @@ class Plan:
             ranks=tuple(ModuleRank(**entry) for entry in record["ranks"]),
             pareto=tuple(ParetoPoint(**{**point, "layers": tuple(point["layers"])}) for point in record["pareto"]),
             probe=None if record["probe"] is None else ProbeResult.from_dict(record["probe"]),
+            prediction=prediction_from_dict(record.get("prediction")),
         )
         layers = made.anatomy.check_layers(made.selection.layers)
         made.lora_config()
@@ -264,8 +296,12 @@ def probe_rows(
     tokenizer: Any = None,
     max_length: int = 1024,
     progress: bool = False,
+    row_lengths: Sequence[int] | None = None,
 ) -> tuple[ModelAnatomy, ProbeResult]:
     """The part of planning that needs the model and data: its anatomy, and a probe on rows drawn by the seed.
+
+    With ``options.calibrate`` adapters are timed, too. ``row_lengths`` are the tokens of the rows that training will
+    see; those of ``rows`` if left out.
 
     Raises:
         DataError: If the rows cannot be tokenized.
@@ -286,6 +322,13 @@ def probe_rows(
         anatomy_=found,
         progress=progress,
     )
+    lengths = [len(row.input_ids) for row in tokenized] if row_lengths is None else row_lengths
+    measured = replace(measured, row_lengths=length_profile(lengths))
+    if options.calibrate and measured.timing is not None:
+        weight = embedding_of(model).weight
+        num_tokens = batch_shape(measured, options.batch_size).step.num_tokens
+        timing = timed_adapters(found, measured.timing, num_tokens, device=weight.device, dtype=weight.dtype)
+        measured = replace(measured, timing=timing)
     return found, replace(measured, seconds=time.perf_counter() - started)
 
 
@@ -302,21 +345,40 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         )
     rng = np.random.default_rng(options.seed)
     scores = layer_scores(options.score, measured, model=model, rng=rng)
-    cost = probe_cost(found, measured)
+    cost = probe_cost(found, measured, options.batch_size, calibrate=options.calibrate)
+    memory = probe_memory(found, measured, options.batch_size, model=model)
+    memory_budget = parse_bytes(options.memory_budget)
     choice = SelectionOptions(
         percent=options.percent,
         num_layers=options.num_layers,
         mass=options.mass,
         time_budget=options.time_budget,
+        memory_budget=memory_budget,
         rank=options.rank,
         seed=options.seed,
         cost=cost,
+        memory=memory,
+        checkpointing=options.gradient_checkpointing,
+        prefix_cached=options.prefix_cache,
     )
     frontier = tuple(pareto(scores, choice)) if min(scores.values()) >= 0 and max(scores.values()) > 0 else ()
 
-    def ranked(layers: Sequence[int]) -> tuple[tuple[ModuleRank, ...], float]:
+    def ranked(layers: Sequence[int]) -> tuple[tuple[ModuleRank, ...], float, Prediction]:
         ranks = allocate(found, layers, options.allocation, allocation_options(options, measured))
-        return ranks, cost.share(layers, rank=mean_ranks(found, ranks), uniform_rank=options.rank)
+        rank, switches = mean_ranks(found, ranks), {"checkpointing": options.gradient_checkpointing}
+        share = cost.share(layers, rank=rank, uniform_rank=options.rank, prefix_cached=options.prefix_cache, **switches)
+        shape = batch_shape(measured, options.batch_size)
+        predicted = predict(
+            cost,
+            memory,
+            shape,
+            layers,
+            rank=rank,
+            uniform_rank=options.rank,
+            prefix_cached=options.prefix_cache,
+            **switches,
+        )
+        return ranks, share, predicted
 
     while True:
         try:
@@ -324,19 +386,28 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         except PlanError as error:
             if options.strategy != "budget":
                 raise
-            least, layer = min((ranked([layer])[1], layer) for layer in scores if scores[layer] > 0)
-            raise PlanError(
-                f"time_budget={options.time_budget} is below what one layer needs: "
-                f"{math.ceil(least * 1000) / 1000:.3f} of uniform LoRA's step time (layer {layer}, with the ranks that "
-                f"{options.allocation!r} gives it). Raise time_budget to at least that."
+            alone = {layer: ranked([layer]) for layer in scores if scores[layer] > 0}
+            raise nothing_fits(
+                {layer: share for layer, (_, share, _) in alone.items()},
+                {layer: predicted.bytes for layer, (_, _, predicted) in alone.items()},
+                options.time_budget,
+                memory_budget,
+                with_ranks=f", with the ranks that {options.allocation!r} gives it",
             ) from error
-        ranks, share = ranked(selection.layers)
-        if options.strategy != "budget" or share <= options.time_budget * (1 + 1e-9):
+        ranks, share, predicted = ranked(selection.layers)
+        too_slow = share > options.time_budget * (1 + 1e-9)
+        too_large = memory_budget is not None and predicted.bytes > memory_budget
+        if options.strategy != "budget" or not (too_slow or too_large):
             break
         # The ranks that go with the choice cost more than the rank it was made at: choose within less.
-        choice = replace(choice, time_budget=choice.time_budget * min(options.time_budget / share, 0.999))
+        if too_slow:
+            choice = replace(choice, time_budget=choice.time_budget * min(options.time_budget / share, 0.999))
+        if too_large and memory_budget is not None and choice.memory_budget is not None:
+            over = predicted.bytes - memory_budget
+            chosen_at = min(choice.memory_budget, choice.step_bytes(selection.layers))
+            choice = replace(choice, memory_budget=max(chosen_at - max(over // 4, 1), 1))
     selection = replace(selection, predicted_time_share=share)
-    return Plan(found, options, scores, selection, ranks, frontier, measured)
+    return Plan(found, options, scores, selection, ranks, frontier, measured, predicted)
 
 
 def allocation_options(options: PlanOptions, measured: ProbeResult | None) -> AllocationOptions:
@@ -361,12 +432,3 @@ def mean_ranks(found: ModelAnatomy, ranks: Sequence[ModuleRank]) -> dict[int, fl
         params[entry.layer_idx] += entry.num_params
     one = {layer: sum(module.adapter_params(1) for module in found.layer(layer).modules) for layer in params}
     return {layer: params[layer] / one[layer] for layer in params}
-
-
-def probe_cost(found: ModelAnatomy, measured: ProbeResult) -> CostModel:
-    """The cost model for training on batches like those that were probed."""
-    count = measured.num_batches
-    tokens = max(sum(measured.num_tokens) // count, 1)
-    labelled = min(max(sum(measured.num_labelled_tokens) // count, 1), tokens)
-    length = max(tokens // measured.batch_size, 1)
-    return cost_model(found, StepShape(num_tokens=tokens, num_labelled_tokens=labelled, sequence_length=length))

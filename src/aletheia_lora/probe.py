@@ -27,6 +27,7 @@ from .errors import ProbeError
 from .layers import layer_blocks
 from .loss import full_precision, labelled_loss, num_labelled
 from .probe_result import Method, ProbeResult, TensorStatistics
+from .stopwatch import Stopwatch
 
 Mode = Literal["auto", "exact", "gram"]
 LossFunction = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -125,7 +126,8 @@ def probe(
     memory = _MemoryPeak(target)
     losses: list[float] = []
     with _left_as_found(model):
-        watch = _Watch(model, found, "exact" if taylor else mode, taylor)
+        clock = Stopwatch(model, target)
+        watch = _Watch(model, found, "exact" if taylor else mode, taylor, clock)
         try:
             for index, batch in enumerate(tqdm(batches, desc="probing", unit="batch", disable=not progress)):
                 on_device = {key: value.to(target) for key, value in batch.items()}
@@ -134,18 +136,22 @@ def probe(
                         f"batch {index} has no labelled token, so no gradient. Check the labels of its rows."
                     )
                 with torch.enable_grad():
+                    clock.start()
                     loss = loss_fn(model, on_device)
                     if not bool(torch.isfinite(loss)):
                         layer = _first_bad_layer(model, on_device, loss_fn)
                         raise ProbeError(
                             f"the loss is {float(loss.detach())} on batch {index}; {layer}. It is never made a score."
                         )
+                    clock.turn()
                     loss.backward()
+                    clock.stop(on_device)
                 losses.append(float(loss.detach()))
                 del loss  # and with it the graph, before the next one grows
                 watch.end_of_batch(index)
         finally:
             watch.close()
+            clock.close()
         tensors = watch.statistics()
     return ProbeResult(
         fingerprint=found.fingerprint,
@@ -158,14 +164,15 @@ def probe(
         seconds=time.perf_counter() - started,
         peak_memory_bytes=memory.peak_bytes(),
         mode=mode,
+        timing=clock.timing(),
     )
 
 
 class _Watch:
     """The hooks of one probe: which tensor is measured how, and the norms as they come in."""
 
-    def __init__(self, model: nn.Module, found: ModelAnatomy, mode: Mode, taylor: bool) -> None:
-        self.mode, self.taylor = mode, taylor
+    def __init__(self, model: nn.Module, found: ModelAnatomy, mode: Mode, taylor: bool, clock: Stopwatch) -> None:
+        self.mode, self.taylor, self.clock = mode, taylor, clock
         self.device_type = next(model.parameters()).device.type
         self.handles: list[Any] = []
         self.kinds = {module.name: module.kind for module in found.modules}
@@ -229,7 +236,7 @@ class _Watch:
 
     def _measure(self, name: str, module: nn.Module, input_key: int) -> None:
         """Norm of d(loss)/d(weight) from all calls of one linear map, then forget them."""
-        with torch.autocast(self.device_type, enabled=False):
+        with self.clock.paused(), torch.autocast(self.device_type, enabled=False):
             self._measure_in_full_precision(name, module, input_key)
 
     def _measure_in_full_precision(self, name: str, module: nn.Module, input_key: int) -> None:
@@ -278,10 +285,11 @@ class _Watch:
 
         def after_accumulation(leaf: Tensor) -> None:
             assert leaf.grad is not None
-            self.squares[name] = float(full_precision(leaf.grad).norm()) ** 2
-            if self.taylor:
-                self.taylors.setdefault(name, []).append(float((leaf.grad * leaf.detach()).float().abs().sum()))
-            leaf.grad = None
+            with self.clock.paused():
+                self.squares[name] = float(full_precision(leaf.grad).norm()) ** 2
+                if self.taylor:
+                    self.taylors.setdefault(name, []).append(float((leaf.grad * leaf.detach()).float().abs().sum()))
+                leaf.grad = None
 
         self.handles.append(parameter.register_post_accumulate_grad_hook(after_accumulation))
 

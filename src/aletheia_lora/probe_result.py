@@ -21,6 +21,7 @@ from .files import write_json
 Method = Literal["formed", "gram", "autograd"]
 FORMAT = "aletheia-probe/1"
 FLAT_SPREAD = 2.5
+OPTIONAL = frozenset({"timing", "row_lengths"})  # records from before these were measured lack them
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,55 @@ class TensorStatistics:
     def adaptable(self) -> bool:
         """True if an adapter can sit on this tensor."""
         return self.kind != "other"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTiming:
+    """What an adapter on a matrix of this shape adds to a training step, measured on its own."""
+
+    in_features: int
+    out_features: int
+    fixed_seconds: float
+    """Forward and backward whatever the rank: passes over inputs and outputs."""
+    seconds_per_rank: float
+    """What each rank adds to that."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Where the time of each probe batch went, without the measuring of norms."""
+
+    device: str
+    """Device type, e.g. ``cpu``."""
+    forward: tuple[tuple[float, ...], ...]
+    """Seconds of each layer's forward, one tuple per batch."""
+    backward: tuple[tuple[float, ...], ...]
+    """Seconds of each layer's backward: gradients of activations, none of frozen matrices; one tuple per batch."""
+    outside: tuple[float, ...]
+    """Seconds outside the layers per batch, forward and backward: embedding, mask, last norm, head and loss."""
+    num_rows: tuple[int, ...]
+    """Rows of each batch."""
+    lengths: tuple[int, ...]
+    """Tokens of a row of each batch, padding included."""
+    num_labelled: tuple[int, ...]
+    """Tokens of each batch that got logits."""
+    adapters: tuple[AdapterTiming, ...] = ()
+    """What adapters cost on each shape of matrix, on a batch of ``adapter_tokens``; empty if not measured."""
+    adapter_tokens: int = 0
+    """Tokens that ``adapters`` were measured for."""
+    batching: float = 1.0
+    """Seconds of a token in a training batch over those in a probe batch; below 1 where small batches idle."""
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> StepTiming:
+        """Read back what ``dataclasses.asdict`` wrote, from JSON or not."""
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
+        }
+        for key in ("forward", "backward"):
+            fields[key] = tuple(tuple(batch) for batch in record[key])
+        fields["adapters"] = tuple(AdapterTiming(**entry) for entry in record["adapters"])
+        return cls(**fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +123,10 @@ class ProbeResult(Mapping[int, float]):
     """Highest memory above that before the probe: allocator on a GPU, resident set on a CPU; None where unreadable."""
     mode: str
     """``auto``, ``exact`` or ``gram``, as asked."""
+    timing: StepTiming | None = None
+    """Where the time of the batches went; None where it could not be told."""
+    row_lengths: tuple[int, ...] = ()
+    """Tokens of the rows that training will see, ascending (at most 101, evenly spread); empty if not known."""
 
     def __getitem__(self, layer_idx: int) -> float:
         return (
@@ -134,7 +188,8 @@ class ProbeResult(Mapping[int, float]):
         errors = self.standard_errors()
         return {
             "format": FORMAT,
-            **{key: getattr(self, key) for key in self.__dataclass_fields__ if key != "tensors"},
+            **{key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("tensors", "timing")},
+            "timing": None if self.timing is None else asdict(self.timing),
             "scores": [self[layer] for layer in self],
             "standard_errors": [float(error) for error in errors],
             "spread": self.spread,
@@ -151,12 +206,13 @@ class ProbeResult(Mapping[int, float]):
         """
         if record.get("format") != FORMAT:
             raise ProbeError(f"not a probe record: format is {record.get('format')!r}, expected {FORMAT!r}.")
-        missing = [key for key in cls.__dataclass_fields__ if key not in record]
+        missing = [key for key in cls.__dataclass_fields__ if key not in record and key not in OPTIONAL]
         if missing:
             raise ProbeError(f"the probe record lacks {missing}. Run the probe again.")
-        fields = {key: record[key] for key in cls.__dataclass_fields__}
-        for key in ("losses", "num_tokens", "num_labelled_tokens"):
-            fields[key] = tuple(fields[key])
+        fields = {key: record[key] for key in cls.__dataclass_fields__ if key in record}
+        for key in ("losses", "num_tokens", "num_labelled_tokens", "row_lengths"):
+            fields[key] = tuple(fields.get(key, ()))
+        fields["timing"] = None if fields.get("timing") is None else StepTiming.from_dict(fields["timing"])
         fields["tensors"] = tuple(
             TensorStatistics(
                 **{

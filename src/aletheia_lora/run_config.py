@@ -24,10 +24,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_rows",
         "validation_rows",
     ),
-    "probe": ("score", "probe_batches", "probe_batch_size", "probe_mode", "seed"),
+    "probe": ("score", "probe_batches", "probe_batch_size", "probe_mode", "calibrate", "seed"),
     "plan": (
         "strategy",
         "time_budget",
+        "memory_budget",
         "percent",
         "num_layers",
         "mass",
@@ -40,14 +41,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "targets",
         "lora_dropout",
     ),
-    "train": ("plan", "steps", "batch_size", "learning_rate"),
-    "train_only": (
-        "gradient_accumulation",
-        "gradient_checkpointing",
-        "prefix_cache",
-        "prefix_cache_dir",
-        "prefix_cache_dtype",
-    ),
+    "step": ("batch_size",),
+    "checkpointing": ("gradient_checkpointing",),
+    "plan_only": ("prefix_cache", "tflops"),
+    "train": ("plan", "steps", "learning_rate"),
+    "train_only": ("gradient_accumulation", "prefix_cache", "prefix_cache_dir", "prefix_cache_dtype"),
     "compare": ("uniform_learning_rate", "timed_steps", "evaluations", "controls", "matched_time"),
     "output": ("output",),
 }
@@ -76,6 +74,9 @@ class RunConfig(BaseModel):
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     strategy: str = Field("budget", description="What chooses the layers.")
     time_budget: float = Field(0.7, gt=0, le=1, description="Step time allowed, as a share of uniform LoRA's.")
+    memory_budget: str | None = Field(None, description="Memory allowed in a step, e.g. 24GiB.")
+    tflops: float | None = Field(None, gt=0, description="10^12 operations a second, for --dry-run; else measured.")
+    calibrate: bool = Field(True, description="Predict by the time that the probe took on this machine.")
     percent: float = Field(50, ge=1, le=100, description="Share of layers, for strategies that go by number.")
     num_layers: int | None = Field(None, ge=1, description="Number of layers; caps 'budget'.")
     mass: float = Field(0.8, gt=0, le=1, description="Share of the total score to hold, for 'mass'.")

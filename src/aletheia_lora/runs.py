@@ -18,11 +18,14 @@ from transformers.utils import logging as transformers_logging
 
 from .allocation import ALLOCATIONS
 from .anatomy import anatomy
+from .calibration import measured_rate
 from .comparison import CompareOptions, compare
 from .data import Parts, TokenizedRows, split, tokenize
 from .embedded import load_embedded_model, split_by_module, standard_library_rows
 from .errors import ConfigError, UnsupportedModelError, nearest
 from .files import check_writable, write_bytes, write_json
+from .memory import device_memory, parse_bytes
+from .outlook import OutlookOptions, model_from_config, outlook, outlook_text
 from .planning import Plan, PlanOptions, plan_from_probe, probe_rows
 from .report.page import finding, write_page
 from .report.plots import plot_probe_scores
@@ -98,6 +101,37 @@ def run_plan(config: RunConfig, say: Say) -> dict[str, Any]:
     return {**made.to_dict(), "text": str(made), "file": None if target is None else str(target)}
 
 
+def preview_plan(config: RunConfig, say: Say) -> dict[str, Any]:
+    """What training would take, from the model's configuration alone: no weights, no data, no scores.
+
+    Raises:
+        UnsupportedModelError: If the configuration is not one of a causal language model.
+        ConfigError: If the device cannot be used.
+        PlanError: If ``memory_budget`` is not a number of bytes.
+    """
+    transformers_logging.set_verbosity_error()
+    _given_plan(config)
+    budget = parse_bytes(config.memory_budget)
+    model = model_from_config(load_model(config, say)[0].config if config.model == EMBEDDED else config.model)
+    try:
+        device = _device(config)
+        if config.tflops is None:
+            say(f"measuring the rate of {device}")
+        rate = measured_rate(device, _rate_dtype(device)) if config.tflops is None else config.tflops * 1e12
+        options = OutlookOptions(
+            batch_size=config.batch_size,
+            max_length=config.max_length,
+            rank=config.rank,
+            operations_per_second=rate,
+            rate_from="measured" if config.tflops is None else "given",
+            memory_bytes=device_memory(device) if budget is None else budget,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    record = outlook(model, options)
+    return {**record, "run": config.model_dump(mode="json"), "text": outlook_text(record)}
+
+
 def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
     """Train the planned adapters and write the adapter folder."""
     if config.output is None:
@@ -162,7 +196,7 @@ def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
                 f"cannot load {config.model!r} as a causal language model: {reason} "
                 "Expected a hub id, or a folder that save_pretrained wrote."
             ) from error
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = _device(config)
     try:
         model = model.to(device)
         for parameter in model.parameters():  # a mapped file is read when touched: now, not in what is timed later
@@ -170,6 +204,15 @@ def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
         return model, tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device!r} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _device(config: RunConfig) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+
+
+def _rate_dtype(device: str) -> torch.dtype:
+    """What training multiplies in: half precision on a GPU; many CPUs are slower in it than in float32."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def load_parts(config: RunConfig, tokenizer: Any, say: Say) -> Parts:
@@ -219,6 +262,7 @@ def _given_plan(config: RunConfig) -> Plan | None:
         name = getattr(config, key)
         if name not in table:
             raise ConfigError(f"unknown {key} {name!r}. {nearest(name, table)}")
+    parse_bytes(config.memory_budget)
     if config.plan is None:
         return None
     beside = sorted(config.model_fields_set & {*GROUPS["probe"], *GROUPS["plan"]} - {"seed"})
@@ -233,7 +277,10 @@ def _plan(config: RunConfig, say: Say, given: Plan | None, model: Any, tokenizer
         return given
     say(f"probing {config.probe_batches} batches")
     options = _plan_options(config)
-    found, measured = probe_rows(model, parts.probe, options, tokenizer=tokenizer, progress=True)
+    lengths = [len(row.input_ids) for row in parts.train]
+    found, measured = probe_rows(
+        model, parts.probe, options, tokenizer=tokenizer, progress=True, row_lengths=lengths or None
+    )
     return plan_from_probe(found, measured, options, model=model)
 
 

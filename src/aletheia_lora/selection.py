@@ -19,6 +19,7 @@ from .errors import PlanError, nearest
 
 if TYPE_CHECKING:
     from .cost import CostModel
+    from .memory import MemoryModel
 
 # Costs are sums of floating-point numbers: a choice that meets its budget exactly must not fail by the last bit.
 ROUNDING = 1e-9
@@ -42,6 +43,14 @@ class SelectionOptions:
     """Seed of ``random``."""
     cost: CostModel | None = None
     """What a step costs; ``budget`` and predictions of time need it."""
+    memory_budget: int | None = None
+    """Bytes that ``budget`` may use at the highest point of a step; None sets no limit."""
+    memory: MemoryModel | None = None
+    """Bytes of a step; ``memory_budget`` needs it."""
+    checkpointing: bool = False
+    """Predict steps with activation checkpointing from the lowest layer up, in uniform LoRA too."""
+    prefix_cached: bool = False
+    """Predict steps whose layers below the lowest one do not run; uniform LoRA has no prefix."""
 
     def __post_init__(self) -> None:
         _check_percent("percent", self.percent)
@@ -52,6 +61,29 @@ class SelectionOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}, expected at least {least}.")
+        if self.memory_budget is not None and self.memory is None:
+            raise ValueError("a memory budget needs a memory model: expected options.memory. Pass memory_model(...).")
+
+    @property
+    def uniform_cost(self) -> float:
+        """Predicted cost of a step of uniform LoRA under these options."""
+        assert self.cost is not None
+        return self.cost.uniform(rank=self.rank, checkpointing=self.checkpointing)
+
+    def time_share(self, layers: Sequence[int]) -> float:
+        """Predicted step time of these layers against uniform LoRA, at ``rank`` everywhere."""
+        assert self.cost is not None
+        step = self.cost.step(
+            layers, rank=self.rank, checkpointing=self.checkpointing, prefix_cached=self.prefix_cached
+        )
+        return step / self.uniform_cost
+
+    def step_bytes(self, layers: Sequence[int]) -> int:
+        """Predicted highest bytes of a step of these layers, at ``rank`` everywhere."""
+        assert self.memory is not None
+        return self.memory.step(
+            layers, rank=self.rank, checkpointing=self.checkpointing, prefix_cached=self.prefix_cached
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +192,8 @@ def select(
     kept = math.fsum(scores[layer] for layer in layers)
     time_share = math.nan
     if options.cost is not None:
-        time_share = _cost_of(scores, options).share(layers, rank=options.rank, uniform_rank=options.rank)
+        _cost_of(scores, options)
+        time_share = options.time_share(layers)
     return LayerSelection(
         strategy=strategy,
         layers=tuple(layers),
@@ -206,44 +239,79 @@ def mass(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
 
 
 def budget(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
-    """The best total score whose predicted step time is at most ``options.time_budget`` of uniform LoRA's.
+    """The best total score whose predicted step keeps ``options.time_budget`` and ``options.memory_budget``.
 
     Ours, and exact: for every possible lowest layer m, the best-scoring affordable subset of the layers m and above;
     of these the best total, on a tie that with the larger m. Where the layers' adapters cost the same a sort finds
-    the subset; else it is a knapsack, solved to one millionth of the budget. A layer that scores 0 is never chosen.
+    the subset; else it is a knapsack, solved to one millionth of the budgets. A layer that scores 0 is never chosen.
 
     Raises:
         ValueError: If there is no cost model, a score is negative, or all are 0.
-        PlanError: If not even one layer fits; says the smallest share that one does.
+        PlanError: If not even one layer fits; says the smallest budget that one does.
     """
-    cost = _cost_of(scores, options)
+    cost, memory = _cost_of(scores, options), options.memory
     _check_shares(scores)
-    uniform = cost.uniform(rank=options.rank)
-    limit = options.time_budget * uniform * (1 + ROUNDING)
+    limit = options.time_budget * options.uniform_cost * (1 + ROUNDING)
+    switches = {"checkpointing": options.checkpointing, "prefix_cached": options.prefix_cached}
     best: list[int] = []
     best_total = 0.0
     for lowest in reversed(range(cost.num_layers)):
         candidates = [layer for layer in range(lowest, cost.num_layers) if scores[layer] > 0]
-        adapter_costs = [cost.adapters([layer], rank=options.rank) for layer in candidates]
+        money = [limit - cost.without_adapters(lowest, **switches)]
+        prices = [[cost.adapters([layer], rank=options.rank) for layer in candidates]]
+        if options.memory_budget is not None and memory is not None:
+            money.append(options.memory_budget - memory.without_adapters(lowest, rank=options.rank, **switches))
+            prices.append(
+                [
+                    memory.adapters([layer], rank=options.rank, checkpointing=options.checkpointing)
+                    for layer in candidates
+                ]
+            )
         chosen = _best_affordable(
-            [scores[layer] for layer in candidates],
-            adapter_costs,
-            limit - cost.without_adapters(lowest),
-            options.num_layers or len(candidates),
+            [scores[layer] for layer in candidates], prices, money, options.num_layers or len(candidates)
         )
         total = math.fsum(scores[candidates[index]] for index in chosen)
         if total > best_total:
             best, best_total = [candidates[index] for index in chosen], total
     if not best:
-        smallest, layer = min(
-            (cost.step([layer], rank=options.rank) / uniform, layer) for layer, score in scores.items() if score > 0
-        )
-        raise PlanError(
-            f"time_budget={options.time_budget} is below what one layer needs: "
-            f"{math.ceil(1000 * smallest) / 1000} of uniform LoRA's step time (layer {layer}). "
+        layers = [layer for layer, score in scores.items() if score > 0]
+        shares = {layer: options.time_share([layer]) for layer in layers}
+        needed = {} if options.memory_budget is None else {layer: options.step_bytes([layer]) for layer in layers}
+        raise nothing_fits(shares, needed, options.time_budget, options.memory_budget)
+    return best
+
+
+def nothing_fits(
+    shares: Mapping[int, float],
+    needed: Mapping[int, int],
+    time_budget: float,
+    memory_budget: int | None,
+    *,
+    with_ranks: str = "",
+) -> PlanError:
+    """The error for a budget that no layer fits alone, with the least that one would.
+
+    Args:
+        shares: Predicted step time of each layer alone, as a share of uniform LoRA's.
+        needed: Predicted bytes of each layer alone; empty where memory has no limit.
+        time_budget: What was allowed.
+        memory_budget: Likewise, in bytes.
+        with_ranks: Which ranks that was predicted for, in words.
+    """
+    quick = [layer for layer, share in shares.items() if share <= time_budget * (1 + ROUNDING)]
+    if not quick or memory_budget is None:
+        smallest, layer = min((share, layer) for layer, share in shares.items())
+        return PlanError(
+            f"time_budget={time_budget} is below what one layer needs: "
+            f"{math.ceil(1000 * smallest) / 1000:.3f} of uniform LoRA's step time (layer {layer}{with_ranks}). "
             "Raise time_budget to at least that."
         )
-    return best
+    least, layer = min((needed[layer], layer) for layer in quick)
+    return PlanError(
+        f"memory_budget={memory_budget} bytes is below what one layer needs within time_budget={time_budget}: "
+        f"{least} bytes, {math.ceil(least / 2**20)}MiB (layer {layer}{with_ranks}). Raise memory_budget to at least "
+        "that, shorten the batch, or turn on gradient_checkpointing."
+    )
 
 
 def random(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
@@ -317,11 +385,11 @@ def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[Paret
     scores = _checked(scores)
     cost = _cost_of(scores, options)
     _check_shares(scores)
-    total, uniform = math.fsum(scores.values()), cost.uniform(rank=options.rank)
+    total, uniform = math.fsum(scores.values()), options.uniform_cost
     points = []
     for lowest in range(cost.num_layers):
         order = _best_first({layer: scores[layer] for layer in range(lowest, cost.num_layers)})
-        base = cost.without_adapters(lowest)
+        base = cost.without_adapters(lowest, checkpointing=options.checkpointing, prefix_cached=options.prefix_cached)
         for count in range(1, min(len(order), options.num_layers or len(order)) + 1):
             layers = tuple(sorted(order[:count]))
             if layers[0] == lowest:  # any other is counted, cheaper, where its own lowest layer is
@@ -338,15 +406,26 @@ def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[Paret
 # --- inside -----------------------------------------------------------------------------------------------------
 
 
-def _best_affordable(scores: Sequence[float], costs: Sequence[float], money: float, at_most: int) -> list[int]:
-    """Indices of the best total score whose costs sum to at most ``money``, in ascending order."""
-    if not scores or money <= 0 or money < min(costs):
+def _best_affordable(
+    scores: Sequence[float], costs: Sequence[Sequence[float]], money: Sequence[float], at_most: int
+) -> list[int]:
+    """Indices of the best total score whose costs keep every budget, in ascending order.
+
+    Args:
+        scores: What each thing is worth.
+        costs: For each budget what each thing costs of it.
+        money: The budgets.
+        at_most: Largest number of things.
+    """
+    if not scores or any(left <= 0 or left < min(row) for row, left in zip(costs, money, strict=True)):
         return []
-    if max(costs) - min(costs) <= ROUNDING * max(costs):
+    if all(max(row) - min(row) <= ROUNDING * max(row) for row in costs):
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
-        return sorted(order[: min(at_most, int(money / max(costs)) if max(costs) > 0 else len(order))])
-    # Both rows and the objective are scaled to 1, because the solver's tolerances are absolute.
-    rows = np.array([np.asarray(costs) / money, np.full(len(costs), 1 / at_most)])
+        counts = [int(left / max(row)) for row, left in zip(costs, money, strict=True) if max(row) > 0]
+        return sorted(order[: min([at_most, *counts])])
+    # All rows and the objective are scaled to 1, because the solver's tolerances are absolute.
+    scaled = [np.asarray(row) / left for row, left in zip(costs, money, strict=True)]
+    rows = np.array([*scaled, np.full(len(scores), 1 / at_most)])
     result = milp(
         -np.asarray(scores) / max(scores),
         constraints=LinearConstraint(rows, ub=1.0),

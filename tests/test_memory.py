@@ -1,0 +1,181 @@
+"""Bytes of a step: what is traced against what a real forward keeps, laws, budgets in words, and refusals."""
+
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+
+from aletheia_lora.anatomy import anatomy
+from aletheia_lora.errors import PlanError
+from aletheia_lora.memory import (
+    LOSS_CHUNK_BYTES,
+    STATE_BYTES,
+    LayerActivations,
+    MemoryModel,
+    device_memory,
+    memory_model,
+    parse_bytes,
+    saved_activations,
+    stored_bytes,
+)
+from families import CONFIGS, GROUPED_MATMUL, build
+
+SHAPE = {"num_rows": 2, "length": 12, "num_labelled": 10}
+BY_HAND = MemoryModel(
+    layers=(LayerActivations(100, 10, 1), LayerActivations(200, 20, 2), LayerActivations(300, 30, 3)),
+    adapter_params=(1, 2, 3),
+    weights=10_000,
+    hidden=50,
+    working=70,
+    logits=60,
+    logits_all_tokens=900,
+    hidden_per_token=5,
+    activations="traced",
+)
+
+
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - GROUPED_MATMUL))
+def test_the_trace_without_contents_equals_what_a_real_forward_keeps(family):
+    model = build(family)
+    found = anatomy(model)
+    real = saved_activations(model, found, num_rows=2, length=12)
+    made = memory_model(found, **SHAPE, model=model)
+    assert (made.layers, made.activations) == (real, "traced")
+    assert min(layer.saved for layer in real) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_model_on_meta_is_traced_like_the_real_one(family):
+    model = build(family)
+    found = anatomy(model)
+    assert memory_model(found, **SHAPE, model=copy.deepcopy(model).to("meta")) == memory_model(
+        found, **SHAPE, model=model
+    )
+
+
+def test_experts_that_cannot_be_traced_are_run_on_few_tokens_and_the_record_says_so():
+    model = build("mixtral")
+    made = memory_model(anatomy(model), **SHAPE, model=model)
+    real = saved_activations(model, anatomy(model), num_rows=2, length=12)
+    assert made.activations == "run"
+    assert made.layers[1].saved == pytest.approx(real[1].saved, rel=0.01)  # counts of tokens per expert do not scale
+    stack = sum(4 * module.num_params for module in anatomy(model).layers[1].modules if module.storage == "stacked")
+    assert made.layers[1].adapter_inputs == real[1].adapter_inputs + stack
+
+
+def test_without_a_model_a_formula_stands_in_and_the_record_says_so():
+    model = build("llama")
+    made, traced = (memory_model(anatomy(model), **SHAPE, model=given) for given in (None, model))
+    assert made.activations == "formula"
+    assert made.layers[1].saved == pytest.approx(traced.layers[1].saved, rel=0.5)
+    assert made.layers[1].adapter_per_rank == traced.layers[1].adapter_per_rank
+    assert made.weights == anatomy(model).num_params * 4
+
+
+def test_a_llama_layer_keeps_what_a_count_by_hand_says():
+    model = build("llama")
+    tokens = 2 * 12
+    norms = 2 * (tokens * 32 + tokens)  # input, and the inverse root of its mean square
+    heads = 4 * tokens * 32 + tokens * 4 + 2 * 12 * 12  # query, key, value, output; log of the sum; mask
+    gated = 3 * tokens * 64  # gate, its activation, up
+    made = memory_model(anatomy(model), **SHAPE, model=model)
+    assert made.layers[2].saved == 4 * (norms + heads + gated)
+    # Of query, key and value; of gate and up; of down. The input of the output map is attention's output, kept already.
+    assert made.layers[2].adapter_inputs == 4 * tokens * (32 + 32 + 64)
+    assert made.layers[2].adapter_per_rank == 4 * tokens * 7
+
+
+def test_tracing_leaves_the_model_as_found():
+    model = build("gpt2").train()
+    model.transformer.h[0].eval()
+    next(model.parameters()).requires_grad_(False)
+    state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    memory_model(anatomy(model), **SHAPE, model=model)
+    saved_activations(model, anatomy(model), num_rows=1, length=4)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    states = STATE_BYTES * 2 * (2 + 3)
+    assert BY_HAND.step([1, 2], rank=2) == 10_000 + 500 + 70 + states + (20 + 2 * 2) + (30 + 2 * 3)
+    assert BY_HAND.step([1, 2], rank={1: 2, 2: 2}) == BY_HAND.step([1, 2], rank=2)
+    assert BY_HAND.step([1, 2], rank=2, prefix_cached=True) == BY_HAND.step([1, 2], rank=2) + 50
+    assert BY_HAND.step([1, 2], rank=2, all_logits=True) == BY_HAND.step([1, 2], rank=2) + 830
+    one_layer = 300 + 30 + 2 * 3
+    assert BY_HAND.step([1, 2], rank=2, checkpointing=True) == 10_000 + 2 * 50 + one_layer + 70 + states
+    assert BY_HAND.prefix_cache(1000) == 5000
+
+
+def test_leaving_out_a_layer_never_needs_more_and_neither_does_checkpointing():
+    made = memory_model(anatomy(build("llama")), **SHAPE, model=build("llama"))
+    for layers in itertools.combinations(range(4), 3):
+        for left_out in layers:
+            assert made.step(set(layers) - {left_out}) < made.step(layers)
+        assert made.step(layers, checkpointing=True) < made.step(layers)
+
+
+def test_logits_are_never_more_than_a_chunk():
+    made = memory_model(anatomy(build("llama")), num_rows=1000, length=1000, num_labelled=10**6)
+    assert made.logits == LOSS_CHUNK_BYTES + 2 * 10**6 * made.hidden_per_token
+    assert made.logits_all_tokens > 10**9
+
+
+def test_weights_count_as_stored_and_shared_ones_once():
+    model = build("llama")
+    assert stored_bytes(model) >= 4 * sum(parameter.numel() for parameter in model.parameters())
+    single = stored_bytes(model)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert stored_bytes(model) == single - 4 * model.lm_head.weight.numel()
+    assert memory_model(anatomy(model), **SHAPE, model=model.bfloat16()).weights < single / 2 + 1000
+
+
+def test_a_memory_model_survives_json():
+    assert MemoryModel.from_dict(json.loads(json.dumps(BY_HAND.to_dict()))) == BY_HAND
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        (1, 1),
+        ("24GiB", 24 * 2**30),
+        ("24 gib", 24 * 2**30),
+        ("1.5 GB", 1_500_000_000),
+        ("800MiB", 800 * 2**20),
+        ("2k", 2000),
+        ("8e9", 8 * 10**9),
+        ("512", 512),
+        ("1TiB", 2**40),
+    ],
+)
+def test_a_memory_budget_is_read_in_every_usual_spelling(given, expected):
+    assert parse_bytes(given) == expected
+
+
+@pytest.mark.parametrize(
+    "given", ["", "much", "24GBit", "-1GiB", "0", 0, -5, "1,5GB", "GiB", "12iB", True, "nan", 1.5e400]
+)
+def test_a_malformed_memory_budget_is_refused(given):
+    with pytest.raises(PlanError, match="memory_budget="):
+        parse_bytes(given)
+
+
+@pytest.mark.parametrize("layers", [[], [3], [-1]])
+def test_layers_that_do_not_exist_are_refused(layers):
+    with pytest.raises(PlanError, match="between 0 and 2"):
+        BY_HAND.step(layers)
+    with pytest.raises(PlanError, match="no rank was given for layer 2"):
+        BY_HAND.step([1, 2], rank={1: 8})
+
+
+def test_the_memory_of_a_device_is_read_or_refused():
+    assert device_memory("cpu") > 2**28
+    for device in ("nonsense", "meta"):
+        with pytest.raises(ValueError, match=f"device='{device}'"):
+            device_memory(device)
