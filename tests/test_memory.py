@@ -9,8 +9,8 @@ import torch
 
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.errors import PlanError
+from aletheia_lora.loss import LOGIT_BYTES
 from aletheia_lora.memory import (
-    LOSS_CHUNK_BYTES,
     STATE_BYTES,
     LayerActivations,
     MemoryModel,
@@ -122,7 +122,7 @@ def test_leaving_out_a_layer_never_needs_more_and_neither_does_checkpointing():
 
 def test_logits_are_never_more_than_a_chunk():
     made = memory_model(anatomy(build("llama")), num_rows=1000, length=1000, num_labelled=10**6)
-    assert made.logits == LOSS_CHUNK_BYTES + 2 * 10**6 * made.hidden_per_token
+    assert made.logits == LOGIT_BYTES["cuda"] + 2 * 10**6 * made.hidden_per_token
     assert made.logits_all_tokens > 10**9
 
 

@@ -38,6 +38,7 @@ class Arm:
 
         from aletheia_lora.adapter import attach, shared_copy
         from aletheia_lora.allocation import AllocationOptions, allocate
+        from aletheia_lora.fast_lora import FastLora
         from aletheia_lora.training.truncation import Truncation
 
         ranks = allocate(found, choice["layers"], "uniform", AllocationOptions(rank=choice["rank"]))
@@ -46,6 +47,7 @@ class Arm:
             twin.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = attach(twin, found, ranks, seed=SEED)
         Truncation(twin, min(choice["layers"]))
+        FastLora(self.model)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
 

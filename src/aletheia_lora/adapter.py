@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
@@ -136,24 +135,6 @@ def shared_copy(model: nn.Module) -> Any:
     for tensor, flag in zip(tensors, flags, strict=True):
         tensor.requires_grad_(flag)
     return twin
-
-
-def adapted_linear(
-    in_features: int, out_features: int, rank: int | None, *, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """One frozen linear map on its own, without an adapter (``rank`` None) or with one as training would attach it.
-
-    Weights are random; draws from the global generator.
-    """
-    base = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    if rank is None:
-        return base
-    config = LoraConfig(r=rank, lora_alpha=2 * rank)
-    adapted = LoraLinear(base, "default", config=config, r=rank, lora_alpha=2 * rank)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()  # as PEFT trains adapters of half-precision models
-    return adapted
 
 
 def census(model: nn.Module, adapter_name: str = "default") -> tuple[AdapterEntry, ...]:

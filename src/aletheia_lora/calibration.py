@@ -18,9 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .adapter import adapted_linear
 from .anatomy import LayerAnatomy, ModelAnatomy
 from .cost import CostModel, StepShape, cost_model
+from .fast_lora import adapted_linear
 from .probe_result import AdapterTiming, StepTiming
 
 RANKS = (8, 64)

@@ -15,6 +15,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
@@ -50,6 +51,25 @@ class FastLora:
         for module in self.modules.values():
             vars(module).pop("forward", None)
         self.modules = {}
+
+
+def adapted_linear(
+    in_features: int, out_features: int, rank: int | None, *, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """One frozen linear map on its own: without an adapter (``rank`` None), or with one as training attaches and runs it.
+
+    Weights are random; draws from the global generator.
+    """
+    base = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    if rank is None:
+        return base
+    config = LoraConfig(r=rank, lora_alpha=2 * rank)
+    adapted = PeftLinear(base, "default", config=config, r=rank, lora_alpha=2 * rank)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()  # as PEFT trains adapters of half-precision models
+    FastLora(adapted)
+    return adapted
 
 
 def _why_not(module: LoraLayer) -> str | None:

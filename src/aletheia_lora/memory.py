@@ -24,11 +24,10 @@ from .anatomy import LayerAnatomy, ModelAnatomy
 from .cost import Ranks
 from .errors import PlanError
 from .layers import embedding_of, layer_blocks
+from .loss import LOGIT_BYTES
 
 Activations = Literal["traced", "run", "formula"]
 GIB = 2**30
-LOSS_CHUNK_BYTES = 64 * 2**20
-"""Logits that are alive at once where head and loss run over chunks of the labelled positions."""
 STATE_BYTES = 16
 """Of one trained weight: itself, its gradient and AdamW's two moments, each in float32."""
 WORKING_COPIES = 4
@@ -207,6 +206,7 @@ def memory_model(
     )
     widest = max(max(m.in_features, m.out_features) for m in anatomy.modules)
     hidden_per_token = anatomy.hidden_size * dtype.itemsize
+    chunk = LOGIT_BYTES["cpu" if model is not None and embedding_of(model).weight.device.type == "cpu" else "cuda"]
     logit_bytes = anatomy.vocab_size * (dtype.itemsize + 4 * LOGIT_COPIES)
     return MemoryModel(
         layers=layers,
@@ -214,7 +214,7 @@ def memory_model(
         weights=anatomy.num_params * dtype.itemsize if weights is None else weights,
         hidden=tokens * hidden_per_token,
         working=WORKING_COPIES * tokens * widest * dtype.itemsize,
-        logits=min(LOSS_CHUNK_BYTES, num_labelled * anatomy.vocab_size * 4) + 2 * num_labelled * hidden_per_token,
+        logits=min(chunk, num_labelled * anatomy.vocab_size * 4) + 2 * num_labelled * hidden_per_token,
         logits_all_tokens=tokens * logit_bytes,
         hidden_per_token=hidden_per_token,
         activations=how,

@@ -131,23 +131,7 @@ def probe(
         try:
             for index, batch in enumerate(tqdm(batches, desc="probing", unit="batch", disable=not progress)):
                 on_device = {key: value.to(target) for key, value in batch.items()}
-                if not num_labelled(on_device):
-                    raise ProbeError(
-                        f"batch {index} has no labelled token, so no gradient. Check the labels of its rows."
-                    )
-                with torch.enable_grad():
-                    clock.start()
-                    loss = loss_fn(model, on_device)
-                    if not bool(torch.isfinite(loss)):
-                        layer = _first_bad_layer(model, on_device, loss_fn)
-                        raise ProbeError(
-                            f"the loss is {float(loss.detach())} on batch {index}; {layer}. It is never made a score."
-                        )
-                    clock.turn()
-                    loss.backward()
-                    clock.stop(on_device)
-                losses.append(float(loss.detach()))
-                del loss  # and with it the graph, before the next one grows
+                losses.append(_run(model, on_device, index, loss_fn, clock))
                 watch.end_of_batch(index)
         finally:
             watch.close()
@@ -166,6 +150,26 @@ def probe(
         mode=mode,
         timing=clock.timing(),
     )
+
+
+def _run(
+    model: nn.Module, batch: Mapping[str, Tensor], index: int, loss_fn: LossFunction, clock: Stopwatch
+) -> float:
+    """Forward and backward of one batch, timed; its loss. The graph is gone when this returns."""
+    if not num_labelled(batch):
+        raise ProbeError(f"batch {index} has no labelled token, so no gradient. Check the labels of its rows.")
+    with torch.enable_grad():
+        clock.start()
+        loss = loss_fn(model, batch)
+        if not bool(torch.isfinite(loss)):
+            layer = _first_bad_layer(model, batch, loss_fn)
+            raise ProbeError(
+                f"the loss is {float(loss.detach())} on batch {index}; {layer}. It is never made a score."
+            )
+        clock.turn()
+        loss.backward()
+        clock.stop(batch)
+    return float(loss.detach())
 
 
 class _Watch:
