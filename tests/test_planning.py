@@ -252,9 +252,20 @@ def test_the_switches_change_the_prediction(measured):
     assert cached.seconds < plain.seconds and cached.uniform_seconds == plain.uniform_seconds
 
 
-def test_an_uncalibrated_plan_has_no_seconds_and_an_old_one_no_prediction(measured):
+def test_a_choice_by_counts_predicts_seconds_all_the_same_and_does_not_depend_on_them(measured):
     _, found, result = measured
-    made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy="last", calibrate=False))
+    slow = replace(result.timing, backward=tuple(tuple(9 * s for s in batch) for batch in result.timing.backward))
+    quick, late = (
+        plan_from_probe(found, replace(result, timing=timing), PlanOptions(**SMALL, time_budget=0.8))
+        for timing in (result.timing, slow)
+    )
+    assert quick.selection == late.selection
+    assert late.prediction.uniform_seconds > quick.prediction.uniform_seconds > 0
+
+
+def test_an_untimed_plan_has_no_seconds_and_an_old_one_no_prediction(measured):
+    _, found, result = measured
+    made = plan_from_probe(found, replace(result, timing=None), PlanOptions(**SMALL, strategy="last"))
     assert made.prediction.seconds is None
     assert (made.prediction.time_from, made.prediction.memory_from) == ("counted", "formula")
     record = made.to_dict()

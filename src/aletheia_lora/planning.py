@@ -63,8 +63,8 @@ class PlanOptions:
     """Training will recompute activations from the lowest layer up."""
     prefix_cache: bool = False
     """Predict later epochs of a training that keeps the input of the lowest layer."""
-    calibrate: bool = True
-    """Predict by the time that the probe took here; without, by counting, and alike on every machine."""
+    calibrate: bool = False
+    """Choose by what the probe timed here, adapters timed besides; without, by counts: the same choice everywhere."""
     allocation: str = "matched"
     """Which rule gives the ranks: a key of ``allocation.ALLOCATIONS``."""
     rank: int = 16
@@ -346,6 +346,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
     rng = np.random.default_rng(options.seed)
     scores = layer_scores(options.score, measured, model=model, rng=rng)
     cost = probe_cost(found, measured, options.batch_size, calibrate=options.calibrate)
+    timed = probe_cost(found, measured, options.batch_size)
     memory = probe_memory(found, measured, options.batch_size, model=model)
     memory_budget = parse_bytes(options.memory_budget)
     choice = SelectionOptions(
@@ -369,7 +370,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         share = cost.share(layers, rank=rank, uniform_rank=options.rank, prefix_cached=options.prefix_cache, **switches)
         shape = batch_shape(measured, options.batch_size)
         predicted = predict(
-            cost,
+            timed,
             memory,
             shape,
             layers,

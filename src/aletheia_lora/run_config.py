@@ -43,9 +43,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "step": ("batch_size",),
     "checkpointing": ("gradient_checkpointing",),
-    "plan_only": ("prefix_cache", "tflops"),
+    "caching": ("prefix_cache",),
+    "plan_only": ("tflops",),
     "train": ("plan", "steps", "learning_rate"),
-    "train_only": ("gradient_accumulation", "prefix_cache", "prefix_cache_dir", "prefix_cache_dtype"),
+    "train_only": ("gradient_accumulation", "prefix_cache_dir", "prefix_cache_dtype"),
     "compare": ("uniform_learning_rate", "timed_steps", "evaluations", "controls", "matched_time"),
     "output": ("output",),
 }
@@ -76,7 +77,7 @@ class RunConfig(BaseModel):
     time_budget: float = Field(0.7, gt=0, le=1, description="Step time allowed, as a share of uniform LoRA's.")
     memory_budget: str | None = Field(None, description="Memory allowed in a step, e.g. 24GiB.")
     tflops: float | None = Field(None, gt=0, description="10^12 operations a second, for --dry-run; else measured.")
-    calibrate: bool = Field(True, description="Predict by the time that the probe took on this machine.")
+    calibrate: bool = Field(False, description="Choose by what the probe timed on this machine, not by counts.")
     percent: float = Field(50, ge=1, le=100, description="Share of layers, for strategies that go by number.")
     num_layers: int | None = Field(None, ge=1, description="Number of layers; caps 'budget'.")
     mass: float = Field(0.8, gt=0, le=1, description="Share of the total score to hold, for 'mass'.")
