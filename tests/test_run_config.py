@@ -192,3 +192,9 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path):
 def test_a_configuration_cannot_be_changed_afterwards():
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().steps = 5
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("steps: 7\nseed: 1\nsteps: 8\n")
+    with pytest.raises(ConfigError, match="'steps' is given twice"):
+        resolve(tmp_path / "run.yaml", {})

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 import torch
@@ -62,9 +63,10 @@ def settings(tmp_path, **changes):
     return common
 
 
-def train_ours(tmp_path, rows, tokenizer, made, **changes):
+def train_ours(tmp_path, rows, tokenizer, made, model=None, **changes):
     args = trl.SFTConfig(**settings(tmp_path, **{"gradient_checkpointing": False, "bf16": False, **changes}))
-    trainer = SFTTrainer(build("llama"), plan=made, args=args, train_dataset=rows, processing_class=tokenizer)
+    model = build("llama") if model is None else model
+    trainer = SFTTrainer(model, plan=made, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     return trainer
 
@@ -147,6 +149,22 @@ def test_backward_stops_at_the_lowest_adapted_layer_under_every_setting(tmp_path
     assert losses[-1] < losses[0]
     embedding = trainer.model.get_base_model().get_input_embeddings()
     assert all("detach" not in hook.__name__ for hook in embedding._forward_hooks.values())
+
+
+def test_what_defeats_the_cut_is_said_once(tmp_path, rows, tokenizer):
+    model = build("llama")
+
+    def wants_gradient(_module, args, kwargs):
+        return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
+
+    model.model.layers[1].register_forward_pre_hook(wants_gradient, with_kwargs=True)
+    made = made_plan(rows, model, strategy="last", num_layers=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = train_ours(tmp_path, rows, tokenizer, made, model)
+    text = "backward ran down to layer 1, though the lowest adapted layer is 3"
+    assert sum(text in str(warning.message) for warning in said) == 1
+    assert trainer.lowest_backward_layer == 1
 
 
 def test_accumulation_changes_no_gradient(tmp_path, rows, tokenizer):

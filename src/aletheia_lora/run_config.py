@@ -122,7 +122,7 @@ def resolve(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            loaded = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -134,6 +134,19 @@ def resolve(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
         values.update(loaded or {})
     values.update({key: value for key, value in flags.items() if value is not None})
     return configuration(values)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML as it is meant here: a key given twice is a mistake and not an override."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, after a look at its keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            line = node.start_mark.line + 1
+            raise ConfigError(f"{twice[0]!r} is given twice in the mapping at line {line}. Keep one of the two.")
+        return super().construct_mapping(node, deep=deep)
 
 
 def configuration(values: Mapping[str, Any]) -> RunConfig:

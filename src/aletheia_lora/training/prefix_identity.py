@@ -67,7 +67,6 @@ def batch_rows(
     columns_BT = np.broadcast_to(np.arange(ids_BT.shape[1]), ids_BT.shape)
     positions_BT = columns_BT if position_ids is None else np.broadcast_to(position_ids.cpu().numpy(), ids_BT.shape)
     packed = attention_mask_BT is None and position_ids is not None and independent
-    salt = regime + (b" made " if position_ids is None else b" given ")
     names, rows = [], []
     for line in range(ids_BT.shape[0]):
         columns = np.flatnonzero(mask_BT[line])
@@ -75,7 +74,10 @@ def batch_rows(
         for row in np.split(columns, starts if packed else []):
             if len(row):
                 where = row - row[0] if independent and position_ids is None else positions_BT[line, row]
-                parts = [salt, len(row).to_bytes(8, "little"), ids_BT[line, row].tobytes()]
+                # At column 0 a model's own positions are the same as given ones; elsewhere it may count otherwise.
+                own = position_ids is None and row[0] > 0 and not independent
+                parts = [regime, b" own " if own else b" given ", len(row).to_bytes(8, "little")]
+                parts.append(ids_BT[line, row].tobytes())
                 parts += [where.astype(np.int64).tobytes(), b"" if independent else row.astype(np.int64).tobytes()]
                 names.append(hashlib.blake2b(b"".join(parts), digest_size=16).digest())
                 rows.append(row + line * ids_BT.shape[1])

@@ -210,6 +210,7 @@ def _record(
         "lowest_backward_layer": trainer.lowest_backward_layer,
         "dead_adapters": trainer.dead_adapters,
         "slow_adapters": trainer.slow_adapters,
+        "padding": trainer.padding_record,
         "prefix_cache": trainer.prefix_cache_record,
         "losses": losses,
     }

@@ -21,6 +21,7 @@ from ..loss import labelled_loss
 from ..planning import Plan
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .truncation import Truncation, backward_depth
+from .unpadded import Unpadded
 
 try:  # TRL's fused head projects labelled positions only where Triton runs; elsewhere it projects all of them
     from trl.kernels.chunked_logprob import _use_triton as trl_skips_unlabelled
@@ -36,9 +37,9 @@ class SFTTrainer(trl.SFTTrainer):
 
     Same losses and gradients as PEFT under any other trainer; what differs is the work that is not done: no graph
     below the lowest adapted layer, activation checkpointing (when on) from there up only, logits only where a label
-    is, each adapter in one pass forward and one backward. After :meth:`train`, ``lowest_backward_layer`` says where
-    backward really stopped, ``dead_adapters`` names adapters that got no gradient in the first step, and
-    ``slow_adapters`` those that run as PEFT runs them, with the reason.
+    is, no padding, each adapter in one pass forward and one backward. After :meth:`train`, ``lowest_backward_layer``
+    says where backward really stopped, ``dead_adapters`` names adapters that got no gradient in the first step,
+    ``slow_adapters`` those that run as PEFT runs them, with the reason, and ``padding_record`` what was not computed.
     """
 
     model: Any
@@ -94,6 +95,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.lowest_backward_layer: int | None = None
         self.dead_adapters: list[str] = []
         self.slow_adapters: dict[str, str] = {}
+        self.padding_record: dict[str, Any] | None = None
         self.prefix_cache = prefix_cache
         self.prefix_cache_record: dict[str, Any] | None = None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -142,6 +144,7 @@ class SFTTrainer(trl.SFTTrainer):
                 loss = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
             self.lowest_backward_layer = min(reached, default=-1)
             self.dead_adapters = dead_adapters(self.model)
+            self._say_if_backward_went_deeper()
         else:
             loss = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         if not bool(torch.isfinite(loss)):
@@ -150,6 +153,18 @@ class SFTTrainer(trl.SFTTrainer):
                 "Lower the learning rate, clip gradients, or look at the rows of that batch."
             )
         return loss
+
+    def _say_if_backward_went_deeper(self) -> None:
+        """Warn, once, if something makes backward run below the lowest adapted layer."""
+        lowest, reached = self.plan.selection.lowest, self.lowest_backward_layer
+        if reached is not None and 0 <= reached < lowest:
+            warnings.warn(
+                f"backward ran down to layer {reached}, though the lowest adapted layer is {lowest}: something makes "
+                "hidden states below it require gradients (a hook of another library, input gradients for reentrant "
+                "checkpointing). The result is right, but the time that the selection could save is not saved. "
+                "Use non-reentrant checkpointing, or remove that hook.",
+                stacklevel=3,
+            )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -172,6 +187,8 @@ class SFTTrainer(trl.SFTTrainer):
         if mode == "train" and "attention_mask" in inputs:
             self._total_train_tokens += int(inputs["attention_mask"].sum())
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if self._shortcuts.unpadded is not None:
+            inputs = self._shortcuts.unpadded.batch(model, inputs)
         return labelled_loss(model, inputs, num_labels=num_items_in_batch)
 
 
@@ -180,7 +197,8 @@ class _Shortcuts(TrainerCallback):
 
     def __init__(self, trainer: SFTTrainer, fast_adapters: bool) -> None:
         self.trainer, self.fast_adapters = trainer, fast_adapters
-        self.installed: list[Truncation | FastLora | PrefixCache] = []
+        self.installed: list[Truncation | FastLora | Unpadded | PrefixCache] = []
+        self.unpadded: Unpadded | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut, speed up, and open the prefix cache."""
@@ -194,6 +212,9 @@ class _Shortcuts(TrainerCallback):
             fast = FastLora(self.trainer.model)
             self.installed.append(fast)
             self.trainer.slow_adapters = dict(fast.skipped)
+        mixers = sum(module.kind == "mixer" for module in self.trainer.plan.anatomy.modules)
+        self.unpadded = Unpadded(base_model, unsupported="its mixers carry a state along" if mixers else None)
+        self.installed.append(self.unpadded)
         if self.trainer.prefix_cache is not None:
             several = self.trainer.accelerator.num_processes * max(args.n_gpu, 1) > 1
             cache = PrefixCache(
@@ -224,6 +245,8 @@ class _Shortcuts(TrainerCallback):
         while self.installed:
             shortcut = self.installed.pop()
             shortcut.remove()
+            if isinstance(shortcut, Unpadded):
+                self.trainer.padding_record, self.unpadded = shortcut.record(), None
             if isinstance(shortcut, PrefixCache):
                 self.trainer.prefix_cache_record = shortcut.record()
 
