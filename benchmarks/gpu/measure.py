@@ -259,7 +259,7 @@ class Adapters:
                 shortcut.remove()
 
     def step(self, batch, path):
-        """Forward, backward and update; seconds, and the highest bytes but for what other runs keep."""
+        """Forward, backward and update; seconds, the highest bytes above those before it, and the loss."""
         import torch
 
         with self.on(path):
@@ -275,7 +275,7 @@ class Adapters:
                 self.optimizer.zero_grad()
             highest = wait(self.device)
             seconds = time.perf_counter() - started
-        return seconds, None if highest is None else highest - resident
+        return seconds, None if highest is None else highest - resident, float(loss)
 
     def close(self):
         """Delete the prefix cache."""
@@ -359,6 +359,7 @@ class Bench:
             "loss_by": "the model, full logits" if run.path == "peft" else adapters.loss_by,
             "predicted_share": predicted_shares(self.found, self.costs, run, ranks, checkpointing),
             "lowest_backward_layer": None,
+            "first_loss": None,
             "peak_bytes": None,
         }
 
@@ -370,10 +371,10 @@ class Bench:
         try:
             if number == 0:
                 with backward_depth(adapters.base) as reached:
-                    adapters.step(batch, run.path)
+                    *_, line["first_loss"] = adapters.step(batch, run.path)
                 line["lowest_backward_layer"] = min(reached, default=None)
             else:
-                seconds, extra = adapters.step(batch, run.path)
+                seconds, extra, _ = adapters.step(batch, run.path)
                 if number >= WARM_UP_ROUNDS:
                     line["step_seconds"].append(seconds)
                     if extra is not None:

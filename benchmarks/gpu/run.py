@@ -162,6 +162,8 @@ def show(folder):
     if environment_file.exists():
         found = json.loads(environment_file.read_text())
         print(f"{found['device']}, torch {found['torch']}, transformers {found['transformers']}, peft {found['peft']}")
+    if any(record.get("tiny") for record in records):
+        print("tiny models: the figures say only that the script runs")
     for record in records:
         show_shape(record)
     for checkpointing in (False, True):
@@ -197,22 +199,28 @@ def show_shape(record):
 def show_runs(record, lines, checkpointing):
     """The table of one shape, with or without checkpointing."""
     print(f"\nactivation checkpointing {'on' if checkpointing else 'off'}\n")
-    print("| run | layers | backward to | s a step | n | speed | time saved | peak GiB | share, predicted | measured |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("run", "layers", "backward to", "s a step", "n", "rounds won", "speed", "time saved", "peak GiB")
+    columns = (*columns, "share of our uniform, predicted", "measured")
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     plain = seconds_of(record, YARDSTICK, checkpointing)
+    rounds = next((line["step_seconds"] for line in lines if line["run"] == YARDSTICK), [])
     ours = seconds_of(record, "uniform_ours", checkpointing)
     for line in lines:
         seconds = seconds_of(record, line["run"], checkpointing)
         if seconds is None:
-            print(f"| {line['run']} | failed: {line['failed']} |" + " |" * 8)
+            print(f"| {line['run']} | failed: {line['failed']} |" + " |" * (len(columns) - 2))
             continue
         share = line["predicted_share"]["calibrated"]
+        won = sum(mine < other for mine, other in zip(line["step_seconds"], rounds, strict=False))
         print(
             f"| {line['run']} | {len(line['layers'])} | {line['lowest_backward_layer']} | {seconds:.4f} "
-            f"| {len(line['step_seconds'])} | {ratio(plain, seconds, '.2f', 'x')} "
+            f"| {len(line['step_seconds'])} | {won} | {ratio(plain, seconds, '.2f', 'x')} "
             f"| {percent(saved(seconds, plain))} | {gib(line['peak_bytes'])} "
             f"| {share:.2f} | {ratio(seconds, ours, '.2f')} |"
         )
+    losses = [line["first_loss"] for line in lines if line.get("first_loss") is not None]
+    if losses:
+        print(f"\nfirst losses, equal but for rounding: {min(losses):.4f} to {max(losses):.4f}")
 
 
 def show_summary(records, checkpointing):
@@ -222,7 +230,7 @@ def show_summary(records, checkpointing):
         return
     print(f"\n## All shapes, activation checkpointing {'on' if checkpointing else 'off'}\n")
     print("| run | time saved, mean | least | most | quicker on | of | against our uniform, mean | quicker on | of |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("|" + " --- |" * 9)
     for name in names:
         cells = []
         for base, wanted in ((YARDSTICK, 3), ("uniform_ours", 1)):
@@ -234,7 +242,7 @@ def show_summary(records, checkpointing):
             wins = sum(value > 0 for value in values)
             cells += [*(percent(value) for value in of[:wanted]), str(wins), str(len(values))]
         print(f"| {name} | {' | '.join(cells)} |")
-    print(f"\n{len(records)} shapes; the probe's time is not in it: it is paid once, and stands above in steps")
+    print(f"\nof {len(records)} shapes; the probe's time, paid once, is not in it and stands above in steps")
 
 
 def seconds_of(record, run, checkpointing):

@@ -64,7 +64,7 @@ SHAPES = {
     "Qwen2.5-1.5B": Shape("qwen2", qwen(1536, 8960, 28, 12, 2, 151936, tied=True), 4096),
     "StableLM-2-1.6B": Shape("stablelm", sizes(2048, 5632, 24, 32, 100352, **STABLELM_2), 4096),
     "Qwen2.5-3B": Shape("qwen2", qwen(2048, 11008, 36, 16, 2, 151936, tied=True), 4096),
-    "Phi-3.5-mini": Shape("phi3", sizes(3072, 8192, 32, 32, 32064, num_key_value_heads=32), 4096),
+    "Phi-3.5-mini": Shape("phi3", sizes(3072, 8192, 32, 32, 32064, num_key_value_heads=32, pad_token_id=0), 4096),
     "Pythia-6.9B": Shape("gpt_neox", sizes(4096, 16384, 32, 32, 50432, **PYTHIA), 2048),
     "Mistral-7B-v0.3": Shape(
         "mistral", sizes(4096, 14336, 32, 32, 32768, num_key_value_heads=8, sliding_window=None), 2048
@@ -123,16 +123,16 @@ def build_four_bit(config: Any, device: Any) -> Any:
         model = AutoModelForCausalLM.from_config(one_layer, dtype=torch.bfloat16)
         layers = model.model.layers
         quantize(layers[0])
+        # The decoder and its parts hold one configuration, which counts the layers and names the attention.
+        for key in ("num_hidden_layers", "layer_types", "max_window_layers"):
+            if hasattr(config, key):
+                setattr(model.config, key, getattr(config, key))
         torch.set_default_dtype(torch.bfloat16)
         try:
             for layer_idx in range(1, config.num_hidden_layers):
-                layers.append(quantize(type(layers[0])(config, layer_idx)))
+                layers.append(quantize(type(layers[0])(model.config, layer_idx)))
         finally:
             torch.set_default_dtype(default)
-    # The decoder and its parts hold one configuration, which counts the layers.
-    for key in ("num_hidden_layers", "layer_types", "max_window_layers"):
-        if hasattr(config, key):
-            setattr(model.config, key, getattr(config, key))
     model.is_loaded_in_4bit = True  # what PEFT asks before it wraps 4-bit layers
     return model.requires_grad_(False)
 
