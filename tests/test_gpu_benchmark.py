@@ -63,9 +63,17 @@ def test_a_shape_without_time_or_process_is_recorded_and_the_rest_go_on(script, 
     script.main()
     assert calls == [["Qwen2.5-0.5B", "Gemma-2-9B"], ["Gemma-2-9B"]]
     assert capsys.readouterr().out.count("**not finished: its process ended with exit code -9**") == 2
+
+    def losing_its_device(options, names, seconds):
+        calls.append(list(names))
+        script.append(tmp_path / "records.jsonl", {"shape": names[0], "failed": "illegal address", "runs": []})
+
+    monkeypatch.setattr(script, "child", losing_its_device)
+    script.main()
+    assert calls[2:] == calls[:2] and capsys.readouterr().out.count("**not finished: illegal address**") == 2
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--limit-seconds", "0"])
     script.main()
-    assert len(calls) == 2 and capsys.readouterr().out.count("the time of the run was over before it") == 2
+    assert len(calls) == 4 and capsys.readouterr().out.count("the time of the run was over before it") == 2
 
 
 def test_savings_are_medians_against_plain_peft_and_failed_runs_count_nowhere(script, tmp_path, capsys):

@@ -459,14 +459,15 @@ def free(device):
             torch.cuda.empty_cache()
 
 
-def device_works(device):
-    """False after an error that a process cannot recover from."""
+def why_no_device(device):
+    """Why nothing can be computed there, at all or after an error that a process does not recover from; else None."""
     import torch
 
     try:
-        return float(torch.ones(2, device=device).sum()) == 2
-    except Exception:
-        return False
+        torch.ones(2, device=device).sum().item()
+    except Exception as error:
+        return reason(error)
+    return None
 
 
 def reason(error):

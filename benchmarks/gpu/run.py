@@ -15,6 +15,8 @@ sys.path.insert(0, str(HERE.parents[1] / "src"))
 
 from shapes import FOUR_BIT, SHAPES, TINY, tiny  # noqa: E402
 
+DEVICE_IS_LOST = 3
+"""Exit code of a process that recorded a shape after which its device does not answer; a new process may go on."""
 GRACE_SECONDS = 30
 """How long after its time a process of measurements may go on before it is ended."""
 YARDSTICK = "uniform_peft"
@@ -72,12 +74,12 @@ def measure_all(options):
         ended = "the time of the run was over before it" if seconds <= 0 else child(options, left, seconds)
         done = {record["shape"] for record in read(records)}
         left = [name for name in left if name not in done]
-        if left:
+        if left and ended is not None:
             append(records, {"shape": left.pop(0), "failed": ended, "runs": []})
 
 
 def child(options, names, seconds):
-    """Measure these shapes in another process; how it ended, in words."""
+    """Measure these shapes in another process; what went wrong in the first that has no record, None if nothing did."""
     command = [sys.executable, __file__, "--inside", "--only", *names, "--limit-seconds", str(seconds)]
     command += ["--device", options.device, "--length", str(options.length), "--steps", str(options.steps)]
     command += ["--output", str(options.output)]
@@ -87,30 +89,32 @@ def child(options, names, seconds):
         code = subprocess.run(command, timeout=seconds + GRACE_SECONDS).returncode
     except subprocess.TimeoutExpired:
         return "its process did not stop in time and was ended"
-    return f"its process ended with exit code {code}"
+    return None if code == DEVICE_IS_LOST else f"its process ended with exit code {code}"
 
 
 def inside(options):
     """Measure one shape after the other. A shape may take twice its share of what time is left."""
-    from measure import Settings, device_works, measured
+    from measure import Settings, measured, why_no_device
 
     until = time.perf_counter() + options.limit_seconds
     records = options.output / "records.jsonl"
     (options.output / "environment.json").write_text(json.dumps(environment(options), indent=1) + "\n")
     length = 32 if options.tiny else options.length
     settings = Settings(options.device, length, options.steps, prefix=not options.without_prefix)
+    broken = why_no_device(options.device)
     for number, name in enumerate(options.only):
         shape = (FOUR_BIT if options.four_bit else SHAPES)[name]
         left = until - time.perf_counter()
-        if left <= 0:
-            append(records, {"shape": name, "failed": "the time of the run was over before it", "runs": []})
+        if broken or left <= 0:
+            failed = f"no device {options.device!r}: {broken}" if broken else "the time of the run was over before it"
+            append(records, {"shape": name, "failed": failed, "runs": []})
             continue
         share = min(2 * left / (len(options.only) - number), left)
         record = measured(name, tiny(shape) if options.tiny else shape, settings, share)
         append(records, {**record, "tiny": options.tiny})
         print(f"{name}: {record['wall_seconds']:.0f} s, {record['failed'] or 'done'}", file=sys.stderr, flush=True)
-        if record["failed"] and not device_works(options.device):
-            sys.exit(3)
+        if why_no_device(options.device):
+            sys.exit(DEVICE_IS_LOST)
 
 
 def environment(options):
