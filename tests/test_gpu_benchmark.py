@@ -79,10 +79,15 @@ def test_a_shape_without_time_or_process_is_recorded_and_the_rest_go_on(script, 
 def test_savings_are_medians_against_plain_peft_and_failed_runs_count_nowhere(script, tmp_path, capsys):
     def line(run, seconds, failed=None):
         made = {"run": run, "checkpointing": False, "failed": failed, "step_seconds": seconds, "layers": [1]}
-        return made | {"lowest_backward_layer": 1, "peak_bytes": None, "predicted_share": {"calibrated": 0.5}}
+        return made | {
+            "lowest_backward_layer": 1,
+            "peak_bytes": None,
+            "predicted_share": {"calibrated": 0.5, "counted": 0.6},
+        }
 
     records = [
         {"shape": "A", "failed": None, "runs": [line("uniform_peft", [2, 2, 9]), line("last_half", [1, 1, 1])]},
+        {"shape": "D", "failed": None, "runs": [line("uniform_ours", [2.5]), line("last_half", [1])]},
         {"shape": "B", "failed": None, "runs": [line("uniform_peft", [2]), line("last_half", [], "no memory")]},
         {"shape": "C", "failed": "does not fit", "runs": []},
     ]
@@ -91,7 +96,8 @@ def test_savings_are_medians_against_plain_peft_and_failed_runs_count_nowhere(sc
     out = capsys.readouterr().out
     assert "| last_half | 1 | 1 | 1.0000 | 3 | 3 | 2.00x | 50.0 % |" in out
     assert "| last_half | failed: no memory |" in out and "**not finished: does not fit**" in out
-    assert "| last_half | 50.0 % | 50.0 % | 50.0 % | 1 | 1 | unknown | 0 | 0 |" in out
+    assert "| last_half | 50.0 % | 50.0 % | 50.0 % | 1 | 1 | 60.0 % | 1 | 1 |" in out
+    assert "share predicted, calibrated: mean absolute error 25.0%, n = 1" in out
 
 
 def test_shapes_have_the_weights_of_the_models_they_are_named_after(script):

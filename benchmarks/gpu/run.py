@@ -223,6 +223,9 @@ def show_runs(record, lines, checkpointing):
             f"| {share:.2f} | {ratio(seconds, ours, '.2f')} |"
         )
     losses = [line["first_loss"] for line in lines if line.get("first_loss") is not None]
+    by = next((line["loss_by"] for line in lines if line["run"] == "uniform_trl" and "loss_by" in line), None)
+    if by:
+        print(f"\nlogits where labelled: {by}")
     if losses:
         print(f"\nfirst losses, equal but for rounding: {min(losses):.4f} to {max(losses):.4f}")
 
@@ -247,6 +250,23 @@ def show_summary(records, checkpointing):
             cells += [*(percent(value) for value in of[:wanted]), str(wins), str(len(values))]
         print(f"| {name} | {' | '.join(cells)} |")
     print(f"\nof {len(records)} shapes; the probe's time, paid once, is not in it and stands above in steps")
+    show_prediction_errors(records, checkpointing)
+
+
+def show_prediction_errors(records, checkpointing):
+    """How far the cost model is off, in shares of our uniform LoRA's step, over all runs on our path but that one."""
+    errors = {"calibrated": [], "counted": []}
+    for record in records:
+        ours = seconds_of(record, "uniform_ours", checkpointing)
+        for line in record["runs"]:
+            seconds = seconds_of(record, line["run"], checkpointing)
+            others = line["run"] in ("uniform_ours", "uniform_trl") or line["run"].endswith("_peft")
+            if line["checkpointing"] == checkpointing and not others and seconds and ours:
+                for source, values in errors.items():
+                    values.append(abs(line["predicted_share"][source] / (seconds / ours) - 1))
+    for source, values in errors.items():
+        if values:
+            print(f"share predicted, {source}: mean absolute error {statistics.mean(values):.1%}, n = {len(values)}")
 
 
 def seconds_of(record, run, checkpointing):
