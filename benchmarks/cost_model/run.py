@@ -40,6 +40,7 @@ class Arm:
         from aletheia_lora.allocation import AllocationOptions, allocate
         from aletheia_lora.fast_lora import FastLora
         from aletheia_lora.training.truncation import Truncation
+        from aletheia_lora.training.unpadded import Unpadded
 
         ranks = allocate(found, choice["layers"], "uniform", AllocationOptions(rank=choice["rank"]))
         twin = shared_copy(model).train()
@@ -48,6 +49,7 @@ class Arm:
         self.model = attach(twin, found, ranks, seed=SEED)
         Truncation(twin, min(choice["layers"]))
         FastLora(self.model)
+        self.unpadded = Unpadded(twin)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
@@ -60,7 +62,7 @@ class Arm:
         wait = torch.cuda.synchronize if batch["input_ids"].is_cuda else (lambda: None)
         wait()
         started = time.perf_counter()
-        labelled_loss(self.model, batch).backward()
+        labelled_loss(self.model, self.unpadded.batch(self.model, batch)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         wait()

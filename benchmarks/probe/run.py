@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
-VARIANTS = ("reference", "exact", "gram", "auto")
+VARIANTS = ("reference", "exact", "gram", "auto", "floor")
 NUM_ROWS, NUM_TOKENS = 5, 256
 
 
@@ -40,6 +40,17 @@ def measure(variant: str, text: Path) -> dict[str, object]:
 
         def call() -> dict[int, float]:
             return gradient_probe(model=model, dataset=rows, num_layers=30, probe_batches=NUM_ROWS)
+    elif variant == "floor":
+        from aletheia_lora.data import as_batches
+        from aletheia_lora.loss import labelled_loss
+
+        batches = as_batches(rows, num_batches=NUM_ROWS, seed=42)
+        model.requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+        def call() -> None:
+            for batch in batches:
+                labelled_loss(model, batch).backward()
     else:
         from aletheia_lora.data import as_batches
         from aletheia_lora.probe import probe
@@ -61,7 +72,7 @@ def measure(variant: str, text: Path) -> dict[str, object]:
         "variant": variant,
         "probe_seconds": seconds,
         "peak_extra_bytes": resident("VmHWM") - before,
-        "scores": [float(scores[layer]) for layer in range(30)],
+        "scores": None if scores is None else [float(scores[layer]) for layer in range(30)],
     }
 
 
@@ -87,9 +98,12 @@ def report(records: list[dict]) -> None:
     )
     for v in VARIANTS:
         scores = by[v][0]["scores"]
+        ratio = middle[v] / middle["reference"]
+        if scores is None:
+            print(f"{v:10s} {middle[v]:8.2f} {ratio:13.3f} {memory[v] / 1e6:9.0f}")
+            continue
         worst = max(abs(a - b) / b for a, b in zip(scores, reference, strict=True))
         same = set(sorted(range(30), key=lambda layer: -scores[layer])[:15]) == half
-        ratio = middle[v] / middle["reference"]
         print(f"{v:10s} {middle[v]:8.2f} {ratio:13.3f} {memory[v] / 1e6:9.0f} {worst:17.1e}  {same}")
     print(f"{len(by['reference'])} rounds; medians")
 

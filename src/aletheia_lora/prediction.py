@@ -28,7 +28,7 @@ class BatchShape:
     num_rows: int
     """Rows in a batch."""
     mean_length: float
-    """Tokens that a row takes up on average, padded to the longest of its batch."""
+    """Tokens of a row on average."""
     max_length: int
     """Tokens of the longest row."""
     labelled_per_row: float
@@ -82,18 +82,13 @@ class Prediction:
 
 
 def batch_shape(measured: ProbeResult, batch_size: int) -> BatchShape:
-    """The shape of training batches, from the lengths of rows that were seen.
-
-    A batch is as long as its longest row, so its mean length is the expected largest of ``batch_size`` draws.
-    """
+    """The shape of training batches, from the lengths of rows that were seen; padding is taken not to be computed."""
     rows = measured.row_lengths or tuple(sorted(tokens // measured.batch_size for tokens in measured.num_tokens))
     lengths = np.maximum(np.sort(np.asarray(rows)), 1)
-    below = (np.arange(len(lengths) + 1) / len(lengths)) ** batch_size
-    mean_length = float((lengths * np.diff(below)).sum())
     labelled = sum(measured.num_labelled_tokens) / max(sum(measured.num_tokens), 1)
     return BatchShape(
         num_rows=batch_size,
-        mean_length=mean_length,
+        mean_length=float(lengths.mean()),
         max_length=int(lengths[-1]),
         labelled_per_row=float(lengths.mean()) * labelled,
         max_labelled=max(round(batch_size * int(lengths[-1]) * labelled), 1),
