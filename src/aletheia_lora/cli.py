@@ -27,7 +27,7 @@ app = typer.Typer(
 _PLANNING = ("data", "probe", "plan")
 DEMO: dict[str, Any] = {
     "probe_batches": 5,
-    "steps": 32,
+    "steps": 44,
     "max_length": 128,
     "validation_rows": 32,
     "timed_steps": 5,
