@@ -56,7 +56,7 @@ class FastLora:
 def adapted_linear(
     in_features: int, out_features: int, rank: int | None, *, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """One frozen linear map on its own: without an adapter (``rank`` None), or with one as training attaches and runs it.
+    """One frozen linear map on its own: without an adapter (``rank`` None), or with one as training runs it.
 
     Weights are random; draws from the global generator.
     """

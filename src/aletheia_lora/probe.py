@@ -152,9 +152,7 @@ def probe(
     )
 
 
-def _run(
-    model: nn.Module, batch: Mapping[str, Tensor], index: int, loss_fn: LossFunction, clock: Stopwatch
-) -> float:
+def _run(model: nn.Module, batch: Mapping[str, Tensor], index: int, loss_fn: LossFunction, clock: Stopwatch) -> float:
     """Forward and backward of one batch, timed; its loss. The graph is gone when this returns."""
     if not num_labelled(batch):
         raise ProbeError(f"batch {index} has no labelled token, so no gradient. Check the labels of its rows.")
@@ -163,9 +161,7 @@ def _run(
         loss = loss_fn(model, batch)
         if not bool(torch.isfinite(loss)):
             layer = _first_bad_layer(model, batch, loss_fn)
-            raise ProbeError(
-                f"the loss is {float(loss.detach())} on batch {index}; {layer}. It is never made a score."
-            )
+            raise ProbeError(f"the loss is {float(loss.detach())} on batch {index}; {layer}. It is never made a score.")
         clock.turn()
         loss.backward()
         clock.stop(batch)
