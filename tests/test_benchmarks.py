@@ -4,11 +4,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from aletheia_lora.adapter import attach
 from aletheia_lora.data import tokenize
+from aletheia_lora.errors import ConfigError
 from aletheia_lora.planning import Plan
 from aletheia_lora.report.tables import check_record
 from families import build, random_batches
@@ -126,3 +129,100 @@ def test_peak_memory_of_a_rival_is_more_than_nothing(rivals, raced):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no /proc/self/clear_refs: peak memory can be reset on Linux only")
     assert rivals.peak_bytes(tiny_setup(rivals), "last_ours", raced[2]["last_ours"], 2) >= 0
+
+
+# --- time to loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def to_loss():
+    return script("time_to_loss/run.py")
+
+
+TINY_RUNS = {"uniform_steps": 6, "grid_steps": 2, "every": 2, "train_rows": 8, "heldout_rows": 4, "probe_rows": 4}
+RATES = (1e-3, 1e-2)
+
+
+@pytest.fixture(scope="module")
+def timed_to_loss(to_loss, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("time_to_loss")
+    settings = to_loss.Settings(**TINY_RUNS, validation_rows=4, learning_rates=RATES)
+    to_loss.measure(tiny_setup(to_loss), settings, [0], folder, lambda _line: None)
+    return folder, settings
+
+
+def test_every_method_runs_at_its_best_rate_and_says_what_it_took(to_loss, timed_to_loss):
+    records = to_loss.Records(timed_to_loss[0])
+    grid = records.of(kind="grid")
+    assert len(grid) == 2 * len({method.rate_from for method in to_loss.METHODS.values()})
+    runs = {run["method"]: run for run in records.of(kind="run")}
+    assert set(runs) == set(to_loss.METHODS)
+    for name, run in runs.items():
+        assert run["failed"] is None
+        assert run["learning_rate"] == to_loss.best_rate(records, name) == RATES[1]
+        assert len(run["step_seconds"]) == run["steps"] == run["heldout"][-1]["step"]
+        assert run["heldout"][-1]["seconds"] == pytest.approx(sum(run["step_seconds"]) + run["probe_seconds"])
+        assert (run["probe_seconds"] > 0) is (name in ("paper", "budget", "budget_cached"))
+        assert run["turns_with"] == list(to_loss.METHODS)
+    assert runs["uniform"]["steps"] == 6 and runs["budget"]["steps"] > 6
+    assert runs["budget_cached"]["steps"] >= runs["budget"]["steps"]
+    assert runs["budget_cached"]["prefix_cache"]["replayed_batches"] > 0
+    assert runs["random"]["layers"] != runs["uniform"]["layers"]
+    losses = [[look["loss"] for look in runs[name]["heldout"]] for name in ("uniform", "uniform_trainer")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # float32; another trainer, the same run
+
+
+def test_a_second_start_skips_what_is_there_and_runs_what_is_missing(to_loss, timed_to_loss, tmp_path):
+    folder, settings = timed_to_loss
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "records.jsonl").write_text("".join(line for line in lines if '"method": "last", "title"' not in line))
+    to_loss.measure(tiny_setup(to_loss), settings, [0], tmp_path, lambda _line: None)
+    kept, again = to_loss.Records(folder), to_loss.Records(tmp_path)
+    assert len(again.lines) == len(kept.lines)
+    (first,), (second,) = (records.of(kind="run", method="last") for records in (kept, again))
+    assert second["train_losses"] == pytest.approx(first["train_losses"], abs=1e-5)  # float32
+    assert "Seeds 0 were resumed" in to_loss.table(again.lines)
+    assert "resumed" not in to_loss.table(kept.lines)
+
+
+def test_records_of_other_settings_are_not_mixed(to_loss, timed_to_loss):
+    other = to_loss.Settings(**TINY_RUNS, validation_rows=4, learning_rates=(1e-3,))
+    with pytest.raises(ConfigError, match="made with another learning_rates"):
+        to_loss.measure(tiny_setup(to_loss), other, [0], timed_to_loss[0], lambda _line: None)
+
+
+def made_run(method: str, seed: int, looks: list[tuple[float, float]], probe_seconds: float = 0.0, failed=None):
+    heldout = [{"step": step, "seconds": seconds, "loss": loss} for step, (seconds, loss) in enumerate(looks)]
+    run = {"kind": "run", "method": method, "seed": seed, "turns_with": [], "failed": failed, "layers": [1, 2]}
+    return {**run, "base_heldout_loss": 2.0, "probe_seconds": probe_seconds, "heldout": heldout}
+
+
+def test_time_to_a_loss_lies_on_the_line_between_two_looks(to_loss):
+    run = made_run("paper", 0, [(10.0, 1.5), (20.0, 1.0)], probe_seconds=4.0)
+    assert to_loss.seconds_to(1.25, run) == pytest.approx(15.0)
+    assert to_loss.seconds_to(1.75, run) == pytest.approx(7.0)  # from the untuned loss, when the probe was over
+    assert to_loss.seconds_to(1.0, run) == 20.0
+    assert to_loss.seconds_to(0.99, run) is None
+
+
+def test_ratios_to_loss_have_the_t_interval_of_their_logarithms(to_loss):
+    runs = [made_run("uniform", seed, [(100.0, 1.0)]) for seed in range(3)]
+    runs += [made_run("budget", seed, [(seconds, 1.0)]) for seed, seconds in enumerate((50.0, 70.0, 60.0))]
+    found, failed = to_loss.outcomes(runs, "budget")
+    assert [outcome.ratio for outcome in found] == pytest.approx([0.5, 0.7, 0.6]) and failed == []
+    interval = stats.ttest_1samp(np.log([0.5, 0.7, 0.6]), 0.0).confidence_interval(0.95)
+    low, high = np.exp([interval.low, interval.high])
+    assert to_loss.summary(found) == f"0.59 ({low:.2f} to {high:.2f}), n = 3"
+    assert to_loss.summary(found[:1]) == "0.50, n = 1"
+
+
+def test_runs_that_never_get_there_or_fail_stay_in_the_table(to_loss):
+    runs = [made_run("uniform", seed, [(100.0, 1.0)]) for seed in range(3)]
+    runs += [made_run("last", 0, [(50.0, 0.9)]), made_run("last", 1, [(120.0, 1.1)])]
+    runs += [made_run("last", 2, [], failed="RuntimeError: out of luck")]
+    table = to_loss.table(runs)
+    assert "never in 1.20 (1.1000)" in table
+    assert "seed 2 failed: RuntimeError: out of luck" in table
+    assert "1 of 2 reached it; 1 failed" in table
