@@ -1,18 +1,45 @@
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
 
+from aletheia_lora.adapter import attach
+from aletheia_lora.data import tokenize
+from aletheia_lora.errors import ConfigError
+from aletheia_lora.planning import Plan
 from aletheia_lora.report.tables import check_record
+from families import build, random_batches
+from tiny_inputs import word_rows, word_tokenizer
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-def test_the_readme_shows_what_the_committed_records_say():
-    spec = importlib.util.spec_from_file_location("readme_table", BENCHMARKS / "readme_table.py")
+def script(path: str) -> ModuleType:
+    """A script of the benchmarks as a module; the search path it sets for itself is put back."""
+    name = path.replace("/", "_").removesuffix(".py")
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their own module up
+    before = list(sys.path)
     spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+def tiny_setup(module: ModuleType):
+    tokenizer = word_tokenizer()
+    rows = tokenize(word_rows(40), tokenizer)
+    return module.Setup(model=build("llama"), tokenizer=tokenizer, rows=rows, rank=4, calibrate=False)
+
+
+def test_the_readme_shows_what_the_committed_records_say():
+    module = script("readme_table.py")
     readme = " ".join((BENCHMARKS.parent / "README.md").read_text(encoding="utf-8").split())
     assert " ".join(module.table().split()) in readme
 
@@ -25,3 +52,177 @@ def test_the_committed_comparison_agrees_with_itself():
     assert losses == pytest.approx([losses[0]] * 4, abs=2e-4)  # float32; the adapters start at zero
     assert arms["selected"]["lowest_backward_layer"] == min(arms["selected"]["layers"])
     assert arms["uniform"]["lowest_backward_layer"] == 0
+
+
+# --- rivals of a step -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rivals():
+    return script("step_time/rivals.py")
+
+
+@pytest.fixture(scope="module")
+def raced(rivals):
+    names = ["uniform_trl", "paper_ours", "last_ours", "budget_70", "budget_70_cached", "dora_trainer"]
+    names += ["adalora_trainer", "budget_quarter_cached"]
+    return rivals.measure(tiny_setup(rivals), names, rivals.Settings(steps=4, num_batches=2))
+
+
+def test_rivals_take_the_same_steps_in_turns_and_a_failed_one_keeps_its_reason(rivals, raced):
+    records = {record["name"]: record for record in raced[0]}
+    assert next(iter(records)) == "uniform_trainer"  # the yardstick, though nobody asked for it
+    failed = records.pop("budget_quarter_cached")
+    assert "adapts layer 0" in failed["failed"] and failed["step_seconds"] == []
+    base = records["uniform_trainer"]
+    for record in records.values():
+        assert record["failed"] is None
+        assert record["epochs"] == [0, 0, 1, 1] and min(record["step_seconds"]) > 0
+        assert rivals.same_batches(record, base)
+        if record["adapter"] != "adalora":  # whose loss has a term for orthogonality
+            assert record["first_loss"] == pytest.approx(base["first_loss"], abs=5e-2)  # one runs in bfloat16
+    assert records["last_ours"]["lowest_backward_layer"] == 2
+    assert records["adalora_trainer"]["lowest_backward_layer"] == 0
+    assert records["budget_70_cached"]["prefix_cache"]["replayed_batches"] == 2
+
+
+def test_a_replayed_step_has_less_arithmetic_and_checkpointing_more(raced):
+    records = {record["name"]: record for record in raced[0]}
+    full, cached = records["budget_70"]["operations"], records["budget_70_cached"]["operations"]
+    assert cached[:2] == full[:2] and all(a < b for a, b in zip(cached[2:], full[2:], strict=True))
+    assert records["uniform_trl"]["operations"][0] > records["uniform_trainer"]["operations"][0]
+
+
+def test_the_table_of_rivals_is_made_from_the_records_alone(rivals, raced, tmp_path):
+    records, facts, _ = raced
+    rivals.write(tmp_path, records, facts)
+    read = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    table = rivals.table(read, json.loads((tmp_path / "environment.json").read_text()))
+    assert "| uniform, plain PEFT under Trainer | 4 | 0 | 1.00x (1.00-1.00)" in table
+    assert "prefix cache, first epoch" in table and "prefix cache, later epochs" in table
+    assert "| budget, a quarter, prefix cache | failed: PlanError" in table
+    assert "Not comparable" not in table
+
+
+def test_the_arithmetic_of_a_step_is_what_torch_counts(rivals, raced):
+    made: Plan = raced[2]["uniform_trainer"]
+    (batch,) = random_batches(count=1, rows=4, length=32)
+    model = build("llama")
+    model.set_attn_implementation("eager")  # torch counts no fused attention on a CPU
+    adapted = attach(model, made.anatomy, made.ranks)
+    with FlopCounterMode(display=False) as counter:
+        adapted(**batch).loss.backward()
+    shape = {"rows": 4, "length": 32, "labelled": 1}
+    arm = rivals.arm_of("uniform_trainer", made, 1)
+    counted = rivals.operations(made.anatomy, arm, rivals.RIVALS[arm.name], shape, 0, replayed=False)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)  # layer 0 needs no gradient of its input
+
+
+def test_rivals_stop_when_the_time_is_over(rivals):
+    settings = rivals.Settings(steps=50, num_batches=2, time_limit=0.0)
+    records, _, _ = rivals.measure(tiny_setup(rivals), ["last_ours"], settings)
+    assert [len(record["step_seconds"]) for record in records] == [1, 1]
+    assert rivals.table(records, {}).startswith("Nothing to compare")
+
+
+def test_peak_memory_of_a_rival_is_more_than_nothing(rivals, raced):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("no /proc/self/clear_refs: peak memory can be reset on Linux only")
+    assert rivals.peak_bytes(tiny_setup(rivals), "last_ours", raced[2]["last_ours"], 2) >= 0
+
+
+# --- time to loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def to_loss():
+    return script("time_to_loss/run.py")
+
+
+TINY_RUNS = {"uniform_steps": 6, "grid_steps": 2, "every": 2, "train_rows": 8, "heldout_rows": 4, "probe_rows": 4}
+RATES = (1e-3, 1e-2)
+
+
+@pytest.fixture(scope="module")
+def timed_to_loss(to_loss, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("time_to_loss")
+    settings = to_loss.Settings(**TINY_RUNS, validation_rows=4, learning_rates=RATES)
+    to_loss.measure(tiny_setup(to_loss), settings, [0], folder, lambda _line: None)
+    return folder, settings
+
+
+def test_every_method_runs_at_its_best_rate_and_says_what_it_took(to_loss, timed_to_loss):
+    records = to_loss.Records(timed_to_loss[0])
+    grid = records.of(kind="grid")
+    assert len(grid) == 2 * len({method.rate_from for method in to_loss.METHODS.values()})
+    runs = {run["method"]: run for run in records.of(kind="run")}
+    assert set(runs) == set(to_loss.METHODS)
+    for name, run in runs.items():
+        assert run["failed"] is None
+        assert run["learning_rate"] == to_loss.best_rate(records, name) == RATES[1]
+        assert len(run["step_seconds"]) == run["steps"] == run["heldout"][-1]["step"]
+        assert run["heldout"][-1]["seconds"] == pytest.approx(sum(run["step_seconds"]) + run["probe_seconds"])
+        assert (run["probe_seconds"] > 0) is (name in ("paper", "budget", "budget_cached"))
+        assert run["turns_with"] == list(to_loss.METHODS)
+    assert runs["uniform"]["steps"] == 6 and runs["budget"]["steps"] > 6
+    assert runs["budget_cached"]["steps"] >= runs["budget"]["steps"]
+    assert runs["budget_cached"]["prefix_cache"]["replayed_batches"] > 0
+    assert runs["random"]["layers"] != runs["uniform"]["layers"]
+    losses = [[look["loss"] for look in runs[name]["heldout"]] for name in ("uniform", "uniform_trainer")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # float32; another trainer, the same run
+
+
+def test_a_second_start_skips_what_is_there_and_runs_what_is_missing(to_loss, timed_to_loss, tmp_path):
+    folder, settings = timed_to_loss
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "records.jsonl").write_text("".join(line for line in lines if '"method": "last", "title"' not in line))
+    to_loss.measure(tiny_setup(to_loss), settings, [0], tmp_path, lambda _line: None)
+    kept, again = to_loss.Records(folder), to_loss.Records(tmp_path)
+    assert len(again.lines) == len(kept.lines)
+    (first,), (second,) = (records.of(kind="run", method="last") for records in (kept, again))
+    assert second["train_losses"] == pytest.approx(first["train_losses"], abs=1e-5)  # float32
+    assert "Seeds 0 were resumed" in to_loss.table(again.lines)
+    assert "resumed" not in to_loss.table(kept.lines)
+
+
+def test_records_of_other_settings_are_not_mixed(to_loss, timed_to_loss):
+    other = to_loss.Settings(**TINY_RUNS, validation_rows=4, learning_rates=(1e-3,))
+    with pytest.raises(ConfigError, match="made with another learning_rates"):
+        to_loss.measure(tiny_setup(to_loss), other, [0], timed_to_loss[0], lambda _line: None)
+
+
+def made_run(method: str, seed: int, looks: list[tuple[float, float]], probe_seconds: float = 0.0, failed=None):
+    heldout = [{"step": step, "seconds": seconds, "loss": loss} for step, (seconds, loss) in enumerate(looks)]
+    run = {"kind": "run", "method": method, "seed": seed, "turns_with": [], "failed": failed, "layers": [1, 2]}
+    return {**run, "base_heldout_loss": 2.0, "probe_seconds": probe_seconds, "heldout": heldout}
+
+
+def test_time_to_a_loss_lies_on_the_line_between_two_looks(to_loss):
+    run = made_run("paper", 0, [(10.0, 1.5), (20.0, 1.0)], probe_seconds=4.0)
+    assert to_loss.seconds_to(1.25, run) == pytest.approx(15.0)
+    assert to_loss.seconds_to(1.75, run) == pytest.approx(7.0)  # from the untuned loss, when the probe was over
+    assert to_loss.seconds_to(1.0, run) == 20.0
+    assert to_loss.seconds_to(0.99, run) is None
+
+
+def test_ratios_to_loss_have_the_t_interval_of_their_logarithms(to_loss):
+    runs = [made_run("uniform", seed, [(100.0, 1.0)]) for seed in range(3)]
+    runs += [made_run("budget", seed, [(seconds, 1.0)]) for seed, seconds in enumerate((50.0, 70.0, 60.0))]
+    found, failed = to_loss.outcomes(runs, "budget")
+    assert [outcome.ratio for outcome in found] == pytest.approx([0.5, 0.7, 0.6]) and failed == []
+    interval = stats.ttest_1samp(np.log([0.5, 0.7, 0.6]), 0.0).confidence_interval(0.95)
+    low, high = np.exp([interval.low, interval.high])
+    assert to_loss.summary(found) == f"0.59 ({low:.2f} to {high:.2f}), n = 3"
+    assert to_loss.summary(found[:1]) == "0.50, n = 1"
+
+
+def test_runs_that_never_get_there_or_fail_stay_in_the_table(to_loss):
+    runs = [made_run("uniform", seed, [(100.0, 1.0)]) for seed in range(3)]
+    runs += [made_run("last", 0, [(50.0, 0.9)]), made_run("last", 1, [(120.0, 1.1)])]
+    runs += [made_run("last", 2, [], failed="RuntimeError: out of luck")]
+    table = to_loss.table(runs)
+    assert "never in 1.20 (1.1000)" in table
+    assert "seed 2 failed: RuntimeError: out of luck" in table
+    assert "1 of 2 reached it; 1 failed" in table

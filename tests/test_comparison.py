@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 import aletheia_lora
 from aletheia_lora.adapter import shared_copy
-from aletheia_lora.comparison import CompareOptions, compare, watch
+from aletheia_lora.comparison import CompareOptions, compare, runs, watch
 from aletheia_lora.comparison.arms import CONTROLS, planned_arms, uniform_plan
 from aletheia_lora.comparison.record import summarize
 from aletheia_lora.comparison.watch import is_over, progress
@@ -233,7 +233,7 @@ def test_a_shared_copy_keeps_tied_weights_tied(tiny_llama):
 
 def failing(monkeypatch, name, when):
     """Let the arm of this name fail: before it has a trainer, or in its second step."""
-    make = ROOM._trainer
+    make = runs.make_trainer
 
     class Broken(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -248,7 +248,7 @@ def failing(monkeypatch, name, when):
             made.add_callback(Broken())
         return made
 
-    monkeypatch.setattr(ROOM, "_trainer", trainer)
+    monkeypatch.setattr(runs, "make_trainer", trainer)
 
 
 @pytest.mark.parametrize("when", ["before", "within"])

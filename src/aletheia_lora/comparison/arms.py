@@ -84,6 +84,9 @@ class Arm:
     """The run whose clock says how long this one trains; by its own number of steps if left out."""
     ended: bool = False
     """True when nothing more will come, also after a failure."""
+    prefix_cache: bool = False
+    """Keep what the layers below the lowest adapted one compute, and replay it in later epochs; our trainer only."""
+    prefix_cache_record: dict[str, Any] | None = None
 
     @property
     def total_seconds(self) -> float:
