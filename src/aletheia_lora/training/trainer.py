@@ -166,20 +166,22 @@ class SFTTrainer(trl.SFTTrainer):
                 stacklevel=3,
             )
 
+    def _computes_the_loss(self, device: torch.device) -> bool:
+        """True where the loss is ours to compute; otherwise it is TRL's affair."""
+        return bool(
+            self.args.loss_type == "nll"
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and not self.aux_loss_enabled
+            and not trl_skips_unlabelled(device)
+            and self.accelerator.num_processes == 1
+        )
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean next-token loss with logits where a label is; TRL's fused head wherever its kernel does that already."""
-        ours = (
-            not return_outputs
-            and self.args.loss_type == "nll"
-            and self.compute_loss_func is None
-            and self.label_smoother is None
-            and not self.aux_loss_enabled
-            and not trl_skips_unlabelled(inputs["input_ids"].device)
-            and self.accelerator.num_processes == 1
-        )
-        if not ours:
+        if return_outputs or not self._computes_the_loss(inputs["input_ids"].device):
             return super().compute_loss(  # type: ignore[no-untyped-call]
                 model, inputs, return_outputs, num_items_in_batch
             )
@@ -212,8 +214,12 @@ class _Shortcuts(TrainerCallback):
             fast = FastLora(self.trainer.model)
             self.installed.append(fast)
             self.trainer.slow_adapters = dict(fast.skipped)
-        mixers = sum(module.kind == "mixer" for module in self.trainer.plan.anatomy.modules)
-        self.unpadded = Unpadded(base_model, unsupported="its mixers carry a state along" if mixers else None)
+        reason = None
+        if any(module.kind == "mixer" for module in self.trainer.plan.anatomy.modules):
+            reason = "its mixers carry a state along"
+        elif not self.trainer._computes_the_loss(next(base_model.parameters()).device):
+            reason = "TRL computes the loss"
+        self.unpadded = Unpadded(base_model, unsupported=reason)
         self.installed.append(self.unpadded)
         if self.trainer.prefix_cache is not None:
             several = self.trainer.accelerator.num_processes * max(args.n_gpu, 1) > 1
