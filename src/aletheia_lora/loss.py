@@ -241,6 +241,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient_NH * gradient, None, None, None
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without gradients and in eval mode; each module's mode is put back afterwards, also on failure."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def heldout_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
     """Mean loss per labelled token over all batches, in nats, in eval mode; train flags are put back.
 
@@ -248,19 +261,13 @@ def heldout_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
         DataError: If the batches carry no label at all.
     """
     device = next(model.parameters()).device
-    training = [(module, module.training) for module in model.modules()]
     total, count = 0.0, 0
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                if num_labelled(batch):
-                    on_device = {key: value.to(device) for key, value in batch.items()}
-                    total += float(labelled_loss(model, on_device)) * num_labelled(batch)
-                    count += num_labelled(batch)
-    finally:
-        for module, flag in training:
-            module.training = flag
+    with evaluating(model):
+        for batch in batches:
+            if num_labelled(batch):
+                on_device = {key: value.to(device) for key, value in batch.items()}
+                total += float(labelled_loss(model, on_device)) * num_labelled(batch)
+                count += num_labelled(batch)
     if count == 0:
         raise DataError(f"{len(batches)} held-out batches carry no labelled token. Check the completion column.")
     return total / count

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..data import NO_LABEL
-from ..loss import labelled_loss
+from ..loss import evaluating, labelled_loss
 
 ROW_BY_ROW = "aletheia_row_by_row"
 """Name of our attention among those of transformers, while training runs."""
@@ -133,17 +133,12 @@ def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str | None:
     few = {key: batch[key][rows][:, columns] for key in ("input_ids", "attention_mask", "labels")}
     if not bool((without_padding(few)["labels"] != NO_LABEL).any()):
         few["labels"] = few["input_ids"].masked_fill(few["attention_mask"] == 0, NO_LABEL)
-    training = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             padded = float(labelled_loss(model, few))
             bare = float(labelled_loss(model, without_padding(few)))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return f"the model cannot run without padding: {' '.join(str(error).split())[:200]}"
-    finally:
-        for module, flag in training:
-            module.training = flag
     allowed = TOLERANCE[next(model.parameters()).dtype]
     if torch.is_autocast_enabled(batch["input_ids"].device.type):
         allowed = max(allowed, TOLERANCE[torch.get_autocast_dtype(batch["input_ids"].device.type)])
