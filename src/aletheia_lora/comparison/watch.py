@@ -61,7 +61,6 @@ class Watch(TrainerCallback):
             self.turn.resume()
         if self.arm.pace is None:
             self._hand_on()
-        self.before = self.turn.elapsed
 
     def _evaluation_is_due(self) -> bool:
         return progress(self.arm) >= (len(self.arm.heldout) + 1) / self.evaluations or is_over(self.arm)
