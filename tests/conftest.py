@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,9 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from tiny_inputs import save_model, save_rows, word_rows
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -137,3 +141,28 @@ def tokenized_rows() -> MakeRows:
         return rows
 
     return make
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny saved model and its tokenizer, for commands that take a name."""
+    return str(save_model(tmp_path_factory.mktemp("saved") / "tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """File of 24 rows for that model."""
+    return str(save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", word_rows(24)))
+
+
+@pytest.fixture
+def library_logging() -> Iterator[None]:
+    """The commands quieten transformers for the rest of the process; tests after these want it as it was."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    yield
+    transformers_logging.set_verbosity(verbosity)
+    if bars:
+        transformers_logging.enable_progress_bar()

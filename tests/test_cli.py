@@ -5,38 +5,19 @@ import sys
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from aletheia_lora.cli import DEMO, app, main
 from aletheia_lora.data import split, tokenize
 from aletheia_lora.planning import Plan, plan
 from aletheia_lora.run_config import GROUPS, RunConfig
 from families import build
-from tiny_inputs import save_model, save_rows, word_rows, word_tokenizer
+from tiny_inputs import save_model, word_rows, word_tokenizer
+
+pytestmark = pytest.mark.usefixtures("library_logging")
 
 SMALL = ("--validation-rows", "4", "--probe-batches", "2", "--rank", "4", "--strategy", "last", "--num-layers", "2")
 SHORT = ("--steps", "2", "--batch-size", "4")
 COMMANDS = ("doctor", "probe", "plan", "train", "compare", "demo")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_model(tmp_path_factory.mktemp("saved") / "tiny-llama"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", word_rows(24)))
-
-
-@pytest.fixture(autouse=True)
-def library_logging():
-    """The commands quieten transformers for the rest of the process; tests after these want it as it was."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    if bars:
-        transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture

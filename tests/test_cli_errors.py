@@ -7,35 +7,16 @@ import sys
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
-from transformers.utils import logging as transformers_logging
 
 from aletheia_lora.cli import main
 from families import build
 from tiny_inputs import save_model, save_rows, word_rows
 
+pytestmark = pytest.mark.usefixtures("library_logging")
+
 NEEDS = ("--validation-rows", "4", "--probe-batches", "2")
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 SMALL = (*NEEDS, "--rank", "4", "--time-budget", "0.9")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_model(tmp_path_factory.mktemp("saved") / "tiny-llama"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", word_rows(24)))
-
-
-@pytest.fixture(autouse=True)
-def library_logging():
-    """The commands quieten transformers for the rest of the process; tests after these want it as it was."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    yield
-    transformers_logging.set_verbosity(verbosity)
-    if bars:
-        transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture
