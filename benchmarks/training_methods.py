@@ -18,13 +18,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"strategy": "all", "allocation": "uniform"},
     "paper": {"strategy": "top_percent", "percent": 50, "allocation": "asymmetric"},
     "last": {"strategy": "last", "percent": 50, "allocation": "uniform"},
+    "budget_85": {"strategy": "budget", "time_budget": 0.85, "allocation": "matched"},
     "budget_70": {"strategy": "budget", "time_budget": 0.7, "allocation": "matched"},
     "budget_50": {"strategy": "budget", "time_budget": 0.5, "allocation": "matched"},
-    "budget_quarter": {"strategy": "budget", "time_budget": 0.7, "allocation": "matched"},
+    "budget_quarter": {"strategy": "budget", "time_budget": 0.6, "allocation": "matched"},
     "random": {"strategy": "random", "allocation": "matched"},
 }
 """The options of each plan; what depends on the model is set in :func:`method_plan`."""
-NEED_PROBE = ("paper", "budget_70", "budget_50", "budget_quarter")
+NEED_PROBE = ("paper", "budget_85", "budget_70", "budget_50", "budget_quarter")
 """Methods that cannot choose without scores, and therefore pay for the probe."""
 
 
@@ -39,8 +40,8 @@ class Setup:
     batch_size: int = 4
     rank: int = 16
     """Of uniform LoRA and of attention in the paper's ranks; the paper's other modules get four times as much."""
-    calibrate: bool = True
-    """Predict time by the probe's timing; without, by counting, and alike on every machine."""
+    calibrate: bool = False
+    """Choose layers and horizons by the probe's timing; without, by counting, and alike on every machine."""
 
     @property
     def pad(self) -> int:

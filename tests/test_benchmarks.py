@@ -163,7 +163,7 @@ def test_every_method_runs_at_its_best_rate_and_says_what_it_took(to_loss, timed
         assert run["learning_rate"] == to_loss.best_rate(records, name) == RATES[1]
         assert len(run["step_seconds"]) == run["steps"] == run["heldout"][-1]["step"]
         assert run["heldout"][-1]["seconds"] == pytest.approx(sum(run["step_seconds"]) + run["probe_seconds"])
-        assert (run["probe_seconds"] > 0) is (name in ("paper", "budget", "budget_cached"))
+        assert (run["probe_seconds"] > 0) is (name in ("paper", "budget_85", "budget", "budget_cached"))
         assert run["turns_with"] == list(to_loss.METHODS)
     assert runs["uniform"]["steps"] == 6 and runs["budget"]["steps"] > 6
     assert runs["budget_cached"]["steps"] >= runs["budget"]["steps"]
@@ -217,6 +217,9 @@ def test_ratios_to_loss_have_the_t_interval_of_their_logarithms(to_loss):
     low, high = np.exp([interval.low, interval.high])
     assert to_loss.summary(found) == f"0.59 ({low:.2f} to {high:.2f}), n = 3"
     assert to_loss.summary(found[:1]) == "0.50, n = 1"
+    runs += [made_run("uniform_trainer", seed, [(200.0, 1.0)]) for seed in range(3)]
+    against_trainer, _ = to_loss.outcomes(runs, "budget", "uniform_trainer")
+    assert [outcome.ratio for outcome in against_trainer] == pytest.approx([0.25, 0.35, 0.3])
 
 
 def test_runs_that_never_get_there_or_fail_stay_in_the_table(to_loss):

@@ -112,8 +112,8 @@ def predictions(model, rows):
     return found, made, measured.seconds
 
 
-def peak_bytes(index, device, steps):
-    """Highest memory of a few steps of one choice on its longest batch, above that of the loaded model alone."""
+def peak_bytes(index, device):
+    """Highest memory of three steps of one choice on its longest batch, above that of the loaded model alone."""
     import torch
 
     from aletheia_lora.anatomy import anatomy
@@ -132,7 +132,7 @@ def peak_bytes(index, device, steps):
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(max(steps, 2)):  # the optimizer's moments appear with the first
+    for _ in range(3):  # the optimizer's moments appear with the first
         arm.step(longest)
     return (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
 
@@ -156,16 +156,7 @@ def measure(arguments):
     del arms, model
     records = []
     for index in chosen:
-        child = [
-            sys.executable,
-            __file__,
-            "--peak",
-            str(index),
-            "--device",
-            arguments.device,
-            "--steps",
-            str(arguments.steps),
-        ]
+        child = [sys.executable, __file__, "--peak", str(index), "--device", arguments.device]
         done = subprocess.run(child, capture_output=True, text=True)
         measured = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
         records.append(
@@ -222,7 +213,7 @@ def main():
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak is not None:
-        print(peak_bytes(arguments.peak, arguments.device, arguments.steps))
+        print(peak_bytes(arguments.peak, arguments.device))
         return
     if not arguments.print:
         arguments.output.mkdir(parents=True, exist_ok=True)
