@@ -19,6 +19,7 @@ from ..errors import NonFiniteLossError, PlanError
 from ..fast_lora import FastLora
 from ..loss import labelled_loss
 from ..planning import Plan
+from ..quantized import check_gradients_pass, gradients_kept
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .truncation import Truncation, backward_depth
 from .unpadded import Unpadded
@@ -101,10 +102,10 @@ class SFTTrainer(trl.SFTTrainer):
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
         if already_attached:
-            check_census(model, plan.ranks)
+            check_census(model, plan.ranks, plan.options.adapter)
         else:
             plan.check_fits(model)
-            model = attach(model, plan.anatomy, plan.ranks, lora_dropout=plan.lora_dropout, seed=args.seed)
+            model = attach(model, plan.anatomy, plan.ranks, plan.options.adapter, seed=args.seed)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -116,7 +117,7 @@ class SFTTrainer(trl.SFTTrainer):
                     processing_class=processing_class,
                     **trl_arguments,
                 )
-            check_census(self.model, plan.ranks)
+            check_census(self.model, plan.ranks, plan.options.adapter)
         except BaseException:
             if not already_attached:
                 model.unload()
@@ -128,8 +129,10 @@ class SFTTrainer(trl.SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as TRL does; whatever was hooked onto the model is removed afterwards, also on failure."""
+        check_gradients_pass(self.model)
         try:
-            return super().train(*args, **kwargs)
+            with gradients_kept(self.model):
+                return super().train(*args, **kwargs)
         finally:
             self._shortcuts.remove()
 
