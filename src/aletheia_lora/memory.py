@@ -64,7 +64,7 @@ class MemoryModel:
     hidden: int
     """Hidden states of the batch at one layer's border."""
     working: int
-    """What is in use for a moment inside one layer, forward or backward."""
+    """What is in use for a moment inside one layer, forward or backward; of packed weights one matrix, unpacked."""
     logits: int
     """Head and loss of the labelled tokens: one chunk of logits, and the hidden states' gradient."""
     logits_all_tokens: int
@@ -206,6 +206,7 @@ def memory_model(
         for entry, layer in zip(layers, anatomy.layers, strict=True)
     )
     widest = max(max(m.in_features, m.out_features) for m in anatomy.modules)
+    unpacked = max((m.num_params * dtype.itemsize for m in anatomy.modules if m.storage == "quantized"), default=0)
     hidden_per_token = anatomy.hidden_size * dtype.itemsize
     chunk = LOGIT_BYTES["cpu" if model is not None and embedding_of(model).weight.device.type == "cpu" else "cuda"]
     logit_bytes = anatomy.vocab_size * (dtype.itemsize + 4 * LOGIT_COPIES)
@@ -214,7 +215,7 @@ def memory_model(
         adapter_params=tuple(sum(m.adapter_params(1) for m in layer.modules) for layer in anatomy.layers),
         weights=anatomy.num_params * dtype.itemsize if weights is None else weights,
         hidden=tokens * hidden_per_token,
-        working=WORKING_COPIES * tokens * widest * dtype.itemsize,
+        working=WORKING_COPIES * tokens * widest * dtype.itemsize + unpacked,
         logits=min(chunk, num_labelled * anatomy.vocab_size * 4) + 2 * num_labelled * hidden_per_token,
         logits_all_tokens=tokens * logit_bytes,
         hidden_per_token=hidden_per_token,

@@ -106,6 +106,7 @@ class SFTTrainer(trl.SFTTrainer):
         else:
             plan.check_fits(model)
             model = attach(model, plan.anatomy, plan.ranks, plan.options.adapter, seed=args.seed)
+        trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -117,6 +118,9 @@ class SFTTrainer(trl.SFTTrainer):
                     processing_class=processing_class,
                     **trl_arguments,
                 )
+            for parameter, data in trainable:  # TRL rounds adapters on packed weights to bfloat16; PEFT trains float32
+                if parameter.dtype != data.dtype:
+                    parameter.data = data.to(parameter.device)
             check_census(self.model, plan.ranks, plan.options.adapter)
         except BaseException:
             if not already_attached:
