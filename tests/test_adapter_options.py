@@ -34,7 +34,10 @@ VARIANTS = {
     "pissa": ({"init_lora_weights": "pissa"}, FAST),
     "olora": ({"init_lora_weights": "olora"}, FAST),
     "head": ({"modules_to_save": ("lm_head",)}, FAST),
-    "several": ({"use_dora": True, "use_rslora": True, "modules_to_save": ("model.norm",)}, "it uses DoraLinearVariant"),
+    "several": (
+        {"use_dora": True, "use_rslora": True, "modules_to_save": ("model.norm",)},
+        "it uses DoraLinearVariant",
+    ),
     "pissa_dora": ({"use_dora": True, "init_lora_weights": "pissa"}, "it uses DoraLinearVariant"),
 }
 # Of a bias PEFT says when it is made that it cannot be merged, and when it is saved that it looks like a shard.
@@ -132,7 +135,8 @@ def test_attaching_that_fails_gives_rewritten_weights_and_whole_modules_back(mon
     options = AdapterOptions(init_lora_weights="olora", modules_to_save=("lm_head",))
 
     def refuse(*_args):
-        assert not torch.equal(model.model.layers[1].mlp.up_proj.base_layer.weight, before["model.layers.1.mlp.up_proj.weight"])
+        weight = model.model.layers[1].mlp.up_proj.base_layer.weight
+        assert not torch.equal(weight, before["model.layers.1.mlp.up_proj.weight"])
         raise CensusError("no")
 
     monkeypatch.setattr("aletheia_lora.adapter.check_census", refuse)

@@ -93,7 +93,8 @@ def test_bytes_are_counted_as_they_are_packed_scales_and_all(folder):
     before = stored_bytes(model)
     heldout_loss(model, random_batches(1))
     assert before == stored_bytes(model) == rest + weights + 4 * rows
-    double = packed(folder, None, quantization_config=BitsAndBytesConfig(**QUANTIZATIONS["nf4"], bnb_4bit_use_double_quant=True))
+    config = BitsAndBytesConfig(**QUANTIZATIONS["nf4"], bnb_4bit_use_double_quant=True)
+    double = packed(folder, None, quantization_config=config)
     scales = stored_bytes(double) - rest - weights // 2
     assert weights // 64 < scales < weights // 64 + 28 * 2000  # a byte for each scale, and the code of those bytes
 
@@ -192,7 +193,8 @@ class ForInference(nn.Module):
 
     def __init__(self, linear, differentiable=False):
         super().__init__()
-        self.in_features, self.out_features, self.differentiable = linear.in_features, linear.out_features, differentiable
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.differentiable = differentiable
         self.weight = nn.Parameter((linear.weight.detach() * 100).to(torch.int8), requires_grad=False)
 
     def forward(self, hidden):
@@ -245,9 +247,7 @@ def test_losses_and_gradients_on_a_packed_base_are_those_of_stock_peft(folder, n
     torch.testing.assert_close(losses[0], losses[1])
     for loss in losses:
         loss.backward()
-    gradients = [
-        {n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in (adapted, stock)
-    ]
+    gradients = [{n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in (adapted, stock)]
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 28
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-4, atol=1e-7)  # float32

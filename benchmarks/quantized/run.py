@@ -34,9 +34,7 @@ def load(name: str) -> Any:
     if name == "float32":
         return load_embedded_model()[0]
     if name == "nf4_double":
-        config: Any = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-        )
+        config: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     elif name == "torchao_int8":
         from torchao.quantization import Int8WeightOnlyConfig
 

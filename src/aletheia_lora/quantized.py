@@ -58,11 +58,11 @@ def plain_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors with storage of their own inside a tensor subclass, a dict, or a state of bitsandbytes."""
     if isinstance(value, Tensor):
         inner: Any = value
-        if is_traceable_wrapper_subclass(value):
+        if is_traceable_wrapper_subclass(inner):
             for name in inner.__tensor_flatten__()[0]:
                 yield from plain_tensors(getattr(inner, name))
         else:
-            yield value
+            yield inner
     elif isinstance(value, dict):
         for inner in value.values():
             yield from plain_tensors(inner)

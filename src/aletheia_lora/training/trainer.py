@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,9 +107,8 @@ class SFTTrainer(trl.SFTTrainer):
         else:
             plan.check_fits(model)
             model = attach(model, plan.anatomy, plan.ranks, plan.options.adapter, seed=args.seed)
-        trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _adapters_in_their_dtype(model):
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 super().__init__(
                     model=model,
@@ -118,9 +118,6 @@ class SFTTrainer(trl.SFTTrainer):
                     processing_class=processing_class,
                     **trl_arguments,
                 )
-            for parameter, data in trainable:  # TRL rounds adapters on packed weights to bfloat16; PEFT trains float32
-                if parameter.dtype != data.dtype:
-                    parameter.data = data.to(parameter.device)
             check_census(self.model, plan.ranks, plan.options.adapter)
         except BaseException:
             if not already_attached:
@@ -262,6 +259,16 @@ class _Shortcuts(TrainerCallback):
                 self.trainer.padding_record, self.unpadded = shortcut.record(), None
             if isinstance(shortcut, PrefixCache):
                 self.trainer.prefix_cache_record = shortcut.record()
+
+
+@contextlib.contextmanager
+def _adapters_in_their_dtype(model: Any) -> Iterator[None]:
+    """Undo that TRL rounds adapters on packed weights to bfloat16: PEFT trains them in float32, so all arms do."""
+    trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in trainable:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
 
 
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:
