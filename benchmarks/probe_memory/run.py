@@ -78,15 +78,16 @@ def table(records: list[dict[str, Any]]) -> str:
     }
     weights = 2 * records[0]["num_params"]
     lines = [
-        f"{records[0]['num_params']:,} weights, {weights / 1e9:.2f} GB; medians of {len(records) // len(VARIANTS)}",
-        "| run | highest resident GB | against floor | rule |",
-        "| --- | ---: | ---: | --- |",
+        f"{records[0]['num_params']:,} weights, {weights / 1e9:.2f} GB; medians over rounds",
+        "| run | rounds | highest resident GB | against floor | rule |",
+        "| --- | ---: | ---: | ---: | --- |",
     ]
     for variant in VARIANTS:
+        rounds = sum(record["variant"] == variant for record in records)
         ratio = peak[variant] / peak["floor"]
         limit = LIMITS.get(variant)
         rule = "" if limit is None else f"below {limit:.2f}: {'holds' if ratio < limit else 'FAILS'}"
-        lines.append(f"| {variant} | {peak[variant] / 1e9:.2f} | {ratio:.3f} | {rule} |")
+        lines.append(f"| {variant} | {rounds} | {peak[variant] / 1e9:.2f} | {ratio:.3f} | {rule} |")
     return "\n".join(lines)
 
 

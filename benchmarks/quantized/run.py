@@ -114,14 +114,12 @@ def trained(name: str, model: Any, made: Any, rows: Any, tokenizer: Any) -> dict
         with evaluating(trainer.model):
             logits = trainer.model(input_ids=input_ids).logits
         trainer.model.save_pretrained(folder)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         loaded = PeftModel.from_pretrained(load(name), folder)
         with evaluating(loaded):
             again = loaded(input_ids=input_ids).logits
             with loaded.disable_adapter():
                 base = loaded(input_ids=input_ids).logits
     return {
-        "losses": losses,
         "dead_adapters": len(trainer.dead_adapters),
         "slow_adapters": sorted(set(trainer.slow_adapters.values())),
         "lowest_backward_layer": trainer.lowest_backward_layer,
@@ -163,8 +161,8 @@ def holds(record: dict[str, Any]) -> bool:
     )
 
 
-def run(data: Path, write: Callable[[dict[str, Any]], None], formats: list[str]) -> list[dict[str, Any]]:
-    """Every format in turn, the float32 reference first."""
+def run(data: Path, write: Callable[[dict[str, Any]], None], formats: list[str], done: list[dict[str, Any]]) -> None:
+    """Every format that is not among the records yet, the float32 reference first."""
     from aletheia_lora.data import tokenize
     from aletheia_lora.embedded import load_embedded_model
     from aletheia_lora.rows import load_rows
@@ -172,19 +170,17 @@ def run(data: Path, write: Callable[[dict[str, Any]], None], formats: list[str])
     tokenizer = load_embedded_model()[1]
     given = [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in load_rows(str(data))[:NUM_ROWS]]
     rows = tokenize(given, tokenizer, max_length=MAX_LENGTH)
-    records: list[dict[str, Any]] = []
-    reference: dict[int, float] | None = None
-    for name in ("float32", *formats):
+    reference = next((dict(enumerate(record["scores"])) for record in done if record["format"] == "float32"), None)
+    names = {record["format"] for record in done}
+    for name in (name for name in ("float32", *formats) if name not in names):
         print(name, file=sys.stderr, flush=True)
         try:
             record = measure(name, rows, tokenizer, reference)
             reference = reference or dict(enumerate(record["scores"]))
         except Exception as error:  # a failed format keeps its line
             record = {"format": name, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-        records.append(record)
         write(record)
         gc.collect()
-    return records
 
 
 def main() -> None:
@@ -204,16 +200,22 @@ def main() -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         from aletheia_lora.comparison.record import environment
 
-        with (HERE / "records.jsonl").open("w", encoding="utf-8") as stream:
+        with (HERE / "records.jsonl").open("a", encoding="utf-8") as stream:
 
             def write(record: dict[str, Any]) -> None:
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
 
-            run(arguments.data, write, arguments.formats)
+            run(arguments.data, write, arguments.formats, read())
         packages = {name: version_of(name) for name in ("bitsandbytes", "torchao", "hqq", "gguf")}
         (HERE / "environment.json").write_text(json.dumps({**environment(), **packages}, indent=1) + "\n")
-    print(table([json.loads(line) for line in (HERE / "records.jsonl").read_text().splitlines()]))
+    print(table(read()))
+
+
+def read() -> list[dict[str, Any]]:
+    """The records so far; none yet is an empty list."""
+    file = HERE / "records.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def version_of(package: str) -> str:
