@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from aletheia_lora.adapter import attach, census, check_census, dead_adapters, lora_config
+from aletheia_lora.adapter import AdapterOptions, attach, census, check_census, dead_adapters, lora_config
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.errors import CensusError, PlanError
@@ -92,7 +92,7 @@ def test_a_failed_census_gives_the_model_back_without_adapters(monkeypatch):
     names = [name for name, _ in model.named_modules()]
     found, ranks = planned(model)
     monkeypatch.setattr(
-        "aletheia_lora.adapter.lora_config", lambda anatomy, ranks, lora_dropout: lora_config(anatomy, ranks[1:])
+        "aletheia_lora.adapter.lora_config", lambda anatomy, ranks, options: lora_config(anatomy, ranks[1:])
     )
     with pytest.raises(CensusError):
         attach(model, found, ranks)
@@ -105,7 +105,7 @@ def test_experts_refuse_dropout_by_name():
     model = build("mixtral")
     found, ranks = planned(model)
     with pytest.raises(PlanError, match=r"lora_dropout=0\.1 does not work on stacked experts"):
-        lora_config(found, ranks, lora_dropout=0.1)
+        lora_config(found, ranks, AdapterOptions(lora_dropout=0.1))
 
 
 def test_ranks_of_another_model_are_refused():

@@ -230,3 +230,20 @@ def test_runs_that_never_get_there_or_fail_stay_in_the_table(to_loss):
     assert "never in 1.20 (1.1000)" in table
     assert "seed 2 failed: RuntimeError: out of luck" in table
     assert "1 of 2 reached it; 1 failed" in table
+
+
+# --- packed bases and the memory of a probe ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["quantized", "probe_memory"])
+def test_the_committed_records_make_their_table(name):
+    module = script(f"{name}/run.py")
+    records = [json.loads(line) for line in (BENCHMARKS / name / "records.jsonl").read_text().splitlines()]
+    lines = module.table(records).splitlines()
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    assert set(json.loads((BENCHMARKS / name / "environment.json").read_text())) > {"torch", "transformers"}
+    if name == "quantized":
+        measured = [record for record in records if "spearman" in record]
+        assert measured and [record["format"] for record in measured if not module.holds(record)] == []
+        assert {record["num_modules"] for record in measured} == {210}
+        assert all(record["shapes"] == records[0]["shapes"] for record in measured)

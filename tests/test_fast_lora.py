@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
-from aletheia_lora.adapter import attach
+from aletheia_lora.adapter import AdapterOptions, attach
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.fast_lora import FastLora, _LoraLinear
@@ -16,7 +16,7 @@ def adapted(family, dtype=torch.float32, layers=(1, 3), lora_dropout=0.0):
     model = build(family, dtype)
     found = anatomy(model)
     ranks = allocate(found, layers, "asymmetric", AllocationOptions(attention_rank=2, mlp_rank=4))
-    peft_model = attach(model, found, ranks, lora_dropout=lora_dropout).eval()
+    peft_model = attach(model, found, ranks, AdapterOptions(lora_dropout=lora_dropout)).eval()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:  # starts at zero, where mistakes would not show

@@ -23,6 +23,7 @@ ROOMS = (
     "errors",
     "files",
     "layers",
+    "quantized",
     "anatomy",
     "rows",
     "data",

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import PlanError, UnsupportedModelError
 from .layers import embedding_of, layer_blocks
+from .quantized import plain_tensors
 
 Kind = Literal["attention", "mlp", "expert", "mixer"]
 Storage = Literal["linear", "conv1d", "quantized", "stacked"]
@@ -205,8 +206,7 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
     for layer_idx, block in enumerate(blocks):
         modules, skipped = _layer_matrices(block, layer_idx, names, called, shared, model_type, text_config)
         left_out.extend(skipped)
-        num_params = sum(_true_numel(module, parameter) for module, parameter in _parameters_with_owner(block))
-        layers.append(LayerAnatomy(layer_idx, names[id(block[0])], num_params, modules))
+        layers.append(LayerAnatomy(layer_idx, names[id(block[0])], _num_params(block), modules))
     if not any(layer.modules for layer in layers):
         reasons = Counter(item.reason for item in left_out)
         raise UnsupportedModelError(
@@ -219,7 +219,7 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
         vocab_size=int(embedding_of(model).weight.shape[0]),
         layers=tuple(layers),
         left_out=tuple(left_out),
-        num_params=sum(_true_numel(module, parameter) for module, parameter in _parameters_with_owner([model])),
+        num_params=_num_params([model]),
         trial_forward=trial_forward,
     )
 
@@ -237,7 +237,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def is_quantized(module: nn.Module) -> bool:
     """True for a linear map whose weight is not stored as plain floating-point numbers of its own shape."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, torch.Tensor) or not all(
+        kept.is_floating_point() and kept.itemsize > 1 for kept in plain_tensors(weight)
+    ):
         return True
     shape = linear_shape(module)
     return shape is None or weight.numel() != shape[0] * shape[1]
@@ -388,22 +390,19 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {key for key, count in seen.items() if count > 1}
 
 
-def _parameters_with_owner(blocks: list[nn.Module]) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+def _num_params(roots: list[nn.Module]) -> int:
+    """Number of weights, also where packed storage shows fewer; shared ones once."""
     seen: set[int] = set()
-    for block in blocks:
-        for module in block.modules():
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield module, parameter
-
-
-def _true_numel(module: nn.Module, parameter: nn.Parameter) -> int:
-    """Number of weights, also where packed storage shows fewer."""
-    shape = linear_shape(module)
-    if shape is not None and parameter is getattr(module, "weight", None):
-        return shape[0] * shape[1]
-    return parameter.numel()
+    total = 0
+    for module in {id(module): module for root in roots for module in root.modules()}.values():
+        shape = linear_shape(module)
+        packed = shape is not None and is_quantized(module)
+        own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in seen]
+        seen.update(id(parameter) for parameter in own)
+        if shape is not None and packed and (own or not list(module.parameters(recurse=False))):
+            total += shape[0] * shape[1]
+        total += sum(parameter.numel() for parameter in own if not packed or parameter.ndim == 1)
+    return total
 
 
 # --- the trial forward ------------------------------------------------------------------------------------------

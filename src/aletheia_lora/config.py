@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from .adapter import lora_config
+from .adapter import AdapterOptions, lora_config, peft_arguments
 from .allocation import ModuleRank, matches_target
 from .anatomy import ModuleAnatomy, anatomy, kind_of
 from .errors import PlanError, nearest
@@ -30,6 +30,12 @@ def aletheia_lora_config(
     mlp_alpha: int | None = None,
     lora_dropout: float = 0.0,
     task_type: str = "CAUSAL_LM",
+    *,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    lora_bias: bool = False,
+    init_lora_weights: str = "default",
+    modules_to_save: Sequence[str] | None = None,
 ) -> LoraConfig:
     """A LoRA configuration for the chosen layers of a Llama-style model that is not at hand.
 
@@ -45,11 +51,18 @@ def aletheia_lora_config(
         mlp_alpha: Alpha of MLP modules; ``mlp_r * lora_alpha / r`` if left out.
         lora_dropout: Dropout before the adapter.
         task_type: PEFT's task type.
+        use_dora: As in :class:`~aletheia_lora.adapter.AdapterOptions`, like the next four.
+        use_rslora: Scale by alpha / sqrt(rank).
+        lora_bias: Train a bias in lora_B.
+        init_lora_weights: How the adapters start.
+        modules_to_save: Modules to train and save whole.
 
     Raises:
-        PlanError: If a layer is negative or named twice, none is named, or a rank is below 1.
+        PlanError: If a layer is negative or named twice, none is named, or a rank is below 1; or if PEFT cannot
+            combine the options.
     """
     layers = _checked_layers(selected_layers)
+    options = _adapter_options(lora_dropout, use_dora, use_rslora, lora_bias, init_lora_weights, modules_to_save)
     targets = list(DEFAULT_TARGETS) if target_modules is None else list(target_modules)
     if not targets:
         raise PlanError("target_modules is empty. Leave it out, or name at least one module.")
@@ -66,7 +79,7 @@ def aletheia_lora_config(
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
+        **peft_arguments(options),
         target_modules=targets,
         layers_to_transform=layers,
         rank_pattern=rank_pattern,
@@ -88,6 +101,12 @@ def apply_aletheia_lora(
     mlp_alpha: int | None = None,
     lora_dropout: float = 0.0,
     task_type: str = "CAUSAL_LM",
+    *,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    lora_bias: bool = False,
+    init_lora_weights: str = "default",
+    modules_to_save: Sequence[str] | None = None,
 ) -> LoraConfig:
     """A LoRA configuration for the chosen layers of this model; give it to ``peft.get_peft_model``.
 
@@ -103,6 +122,11 @@ def apply_aletheia_lora(
         mlp_alpha: Alpha of MLP modules and experts.
         lora_dropout: Dropout before the adapter.
         task_type: PEFT's task type.
+        use_dora: As in :func:`aletheia_lora_config`, like the next four.
+        use_rslora: Scale by alpha / sqrt(rank).
+        lora_bias: Train a bias in lora_B.
+        init_lora_weights: How the adapters start.
+        modules_to_save: Modules to train and save whole.
 
     Raises:
         PlanError: If a layer does not exist or is named twice, a target matches nothing, or a rank is below 1 or
@@ -121,7 +145,13 @@ def apply_aletheia_lora(
             mlp_alpha,
             lora_dropout,
             task_type,
+            use_dora=use_dora,
+            use_rslora=use_rslora,
+            lora_bias=lora_bias,
+            init_lora_weights=init_lora_weights,
+            modules_to_save=modules_to_save,
         )
+    options = _adapter_options(lora_dropout, use_dora, use_rslora, lora_bias, init_lora_weights, modules_to_save)
     found = anatomy(model)
     layers = found.check_layers(list(selected_layers))
     modules = [module for layer in layers for module in found.layer(layer).modules]
@@ -136,7 +166,7 @@ def apply_aletheia_lora(
                 f"{module.max_rank}. Choose a smaller rank."
             )
         ranks.append(ModuleRank(module.name, module.layer_idx, module.kind, rank, alpha, module.adapter_params(rank)))
-    config = lora_config(found, ranks, lora_dropout=lora_dropout)
+    config = lora_config(found, ranks, options)
     config.task_type = task_type
     return config
 
@@ -154,6 +184,24 @@ def matching_targets(modules: Sequence[ModuleAnatomy], targets: Sequence[str]) -
                 f"target {target!r} matches no adaptable module of the chosen layers. {nearest(target, leaves)}"
             )
     return [m for m in modules if any(matches_target(m.name, target) for target in targets)]
+
+
+def _adapter_options(
+    lora_dropout: float,
+    use_dora: bool,
+    use_rslora: bool,
+    lora_bias: bool,
+    init_lora_weights: str,
+    modules_to_save: Sequence[str] | None,
+) -> AdapterOptions:
+    return AdapterOptions(
+        lora_dropout=lora_dropout,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+        lora_bias=lora_bias,
+        init_lora_weights=init_lora_weights,
+        modules_to_save=None if modules_to_save is None else tuple(modules_to_save),
+    )
 
 
 def _rank_and_alpha(

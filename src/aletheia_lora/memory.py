@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .anatomy import LayerAnatomy, ModelAnatomy
+from .anatomy import LayerAnatomy, ModelAnatomy, is_quantized, linear_shape
 from .cost import Ranks
 from .errors import PlanError
 from .layers import embedding_of, layer_blocks
 from .loss import LOGIT_BYTES
+from .quantized import KEEPS_INPUT, plain_tensors, state_tensors
 
 Activations = Literal["traced", "run", "formula"]
 GIB = 2**30
@@ -63,7 +64,7 @@ class MemoryModel:
     hidden: int
     """Hidden states of the batch at one layer's border."""
     working: int
-    """What is in use for a moment inside one layer, forward or backward."""
+    """What is in use for a moment inside one layer, forward or backward; of packed weights one matrix, unpacked."""
     logits: int
     """Head and loss of the labelled tokens: one chunk of logits, and the hidden states' gradient."""
     logits_all_tokens: int
@@ -205,6 +206,7 @@ def memory_model(
         for entry, layer in zip(layers, anatomy.layers, strict=True)
     )
     widest = max(max(m.in_features, m.out_features) for m in anatomy.modules)
+    unpacked = max((m.num_params * dtype.itemsize for m in anatomy.modules if m.storage == "quantized"), default=0)
     hidden_per_token = anatomy.hidden_size * dtype.itemsize
     chunk = LOGIT_BYTES["cpu" if model is not None and embedding_of(model).weight.device.type == "cpu" else "cuda"]
     logit_bytes = anatomy.vocab_size * (dtype.itemsize + 4 * LOGIT_COPIES)
@@ -213,7 +215,7 @@ def memory_model(
         adapter_params=tuple(sum(m.adapter_params(1) for m in layer.modules) for layer in anatomy.layers),
         weights=anatomy.num_params * dtype.itemsize if weights is None else weights,
         hidden=tokens * hidden_per_token,
-        working=WORKING_COPIES * tokens * widest * dtype.itemsize,
+        working=WORKING_COPIES * tokens * widest * dtype.itemsize + unpacked,
         logits=min(chunk, num_labelled * anatomy.vocab_size * 4) + 2 * num_labelled * hidden_per_token,
         logits_all_tokens=tokens * logit_bytes,
         hidden_per_token=hidden_per_token,
@@ -223,9 +225,9 @@ def memory_model(
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights and buffers as they are stored, packed formats too; shared ones once."""
-    storages = {}
-    for tensor in [*model.parameters(), *model.buffers(), *_quantization_states(model)]:
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+    storages: dict[int, int] = {}
+    for owner in [*model.parameters(), *model.buffers(), *state_tensors(model)]:
+        storages.update(_storage_of(tensor) for tensor in plain_tensors(owner))
     return sum(storages.values())
 
 
@@ -315,6 +317,7 @@ def without_contents(model: nn.Module, device: torch.device | str | None = None)
     """A twin of the model whose tensors have shapes and a device but no contents, and the mode to run it under.
 
     A ``meta`` tensor has no device, so attention could not choose the kernel that training will use; a fake one has.
+    A quantized linear map becomes a plain one: what it keeps for backward does not depend on how its weight is stored.
 
     Args:
         model: Any model, ``meta`` included; not touched.
@@ -322,12 +325,35 @@ def without_contents(model: nn.Module, device: torch.device | str | None = None)
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
+    packed: set[int] = set()
+    like = embedding_of(model).weight
+    for module in model.modules():
+        shape = linear_shape(module)
+        if shape is not None and is_quantized(module):
+            where = device or ("cpu" if like.device.type == "meta" else like.device)
+            with mode:
+                memo[id(module)] = _Unpacked(module, *shape, device=where, like=like)
+            packed.update(id(tensor) for tensor in [*module.parameters(), *module.buffers()])
     for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) in packed:
+            continue
         where = device or ("cpu" if tensor.device.type == "meta" else tensor.device)
         with mode:
             fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=where)
         memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
     return copy.deepcopy(model, memo), mode
+
+
+class _Unpacked(nn.Linear):
+    """What stands for a quantized linear map on a twin without contents."""
+
+    def __init__(
+        self, packed: nn.Module, in_features: int, out_features: int, *, device: torch.device | str, like: Tensor
+    ) -> None:
+        has_bias = getattr(packed, "bias", None) is not None
+        super().__init__(in_features, out_features, bias=has_bias, device=device, dtype=like.dtype)
+        self.requires_grad_(False)
+        self.keeps_input = type(packed).__name__ in KEEPS_INPUT
 
 
 class _Trace:
@@ -366,8 +392,10 @@ class _Trace:
         self.current = None
 
     def _input(self, layer_idx: int, name: str, in_features: int) -> Any:
-        def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
+                if getattr(module, "keeps_input", type(module).__name__ in KEEPS_INPUT):
+                    self.note(args[0])
                 storage, size = _storage_of(args[0])
                 self.rows[name] = self.rows.get(name, 0) + args[0].numel() // in_features
                 if args[0].dtype in (torch.float16, torch.bfloat16):
@@ -463,12 +491,3 @@ def _requires_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor
 def _storage_of(tensor: Tensor) -> tuple[int, int]:
     storage = tensor.untyped_storage()
     return storage._cdata, storage.nbytes()
-
-
-def _quantization_states(model: nn.Module) -> list[Tensor]:
-    """Scales that packed weights carry beside themselves (bitsandbytes)."""
-    found = []
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        found += [value for value in vars(state).values() if isinstance(value, Tensor)] if state is not None else []
-    return found

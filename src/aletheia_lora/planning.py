@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from peft import LoraConfig
 
-from .adapter import lora_config
+from .adapter import AdapterOptions, lora_config
 from .allocation import AllocationOptions, ModuleRank, allocate, trainable_params
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import timed_adapters
@@ -81,6 +81,12 @@ class PlanOptions:
     """Leaf or full module names to adapt; all that can be adapted if left out."""
     lora_dropout: float = 0.0
     """Dropout before the adapters."""
+    use_dora: bool = False
+    """As in ``adapter.AdapterOptions``, like the next four."""
+    use_rslora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: str = "default"
+    modules_to_save: tuple[str, ...] | None = None
     probe_batches: int = 8
     """Batches read by the probe."""
     probe_batch_size: int = 1
@@ -93,8 +99,14 @@ class PlanOptions:
     def __post_init__(self) -> None:
         """Check what no later room checks."""
         parse_bytes(self.memory_budget)
+        _ = self.adapter  # it checks its own fields
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}, expected at least 1.")
+
+    @property
+    def adapter(self) -> AdapterOptions:
+        """What the adapters are besides rank and alpha."""
+        return AdapterOptions(**{name: getattr(self, name) for name in AdapterOptions.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -113,18 +125,20 @@ class Plan:
     """Time and memory of a step; None in plans from before these were predicted."""
 
     @property
-    def lora_dropout(self) -> float:
-        """Dropout before the adapters."""
-        return self.options.lora_dropout
+    def trainable_params(self) -> int:
+        """Weights of the adapters, which will train; modules that are saved whole come on top."""
+        rows = {module.name: module.out_features for module in self.anatomy.modules}
+        extra = self.options.use_dora or self.options.lora_bias
+        return trainable_params(self.ranks) + (sum(rows[entry.name] for entry in self.ranks) if extra else 0)
 
     @property
-    def trainable_params(self) -> int:
-        """Weights that will train."""
-        return trainable_params(self.ranks)
+    def rewritten_modules(self) -> tuple[str, ...]:
+        """Modules whose frozen weights attaching will change; a copy of the model needs those weights for itself."""
+        return tuple(entry.name for entry in self.ranks) if self.options.adapter.rewrites_weights else ()
 
     def lora_config(self) -> LoraConfig:
         """An ordinary ``peft.LoraConfig`` naming every adapted module in full."""
-        return lora_config(self.anatomy, self.ranks, lora_dropout=self.lora_dropout)
+        return lora_config(self.anatomy, self.ranks, self.options.adapter)
 
     def check_fits(self, model: Any) -> None:
         """Check that the plan was made for a model of this shape.
@@ -160,6 +174,8 @@ class Plan:
             f"ranks: {self.options.allocation}, {', '.join(map(str, ranks))}; "
             f"{self.trainable_params:,} trainable weights in {len(self.ranks)} modules"
         )
+        if self.options.adapter.in_words():
+            lines.append(f"adapters: {self.options.adapter.in_words()}; predictions are those of plain LoRA")
         if self.selection.lowest == 0:
             lines.append("layer 0 is among them, so backward runs through the whole model and little time is saved")
         return "\n".join(lines)
@@ -206,8 +222,9 @@ class Plan:
         unknown = sorted(set(options) - set(PlanOptions.__dataclass_fields__))
         if unknown:
             raise PlanError(f"unknown option {unknown[0]!r}. {nearest(unknown[0], PlanOptions.__dataclass_fields__)}")
-        if options.get("targets") is not None:
-            options["targets"] = tuple(options["targets"])
+        for name in ("targets", "modules_to_save"):
+            if options.get(name) is not None:
+                options[name] = tuple(options[name])
         made = cls(
             anatomy=ModelAnatomy.from_dict(record["anatomy"]),
             options=PlanOptions(**options),

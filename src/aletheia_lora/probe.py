@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 
 from .anatomy import ModelAnatomy, anatomy, is_quantized, linear_shape
 from .data import as_batches
-from .errors import ProbeError
+from .errors import ProbeError, UnsupportedModelError
 from .layers import layer_blocks
 from .loss import full_precision, labelled_loss, num_labelled
 from .probe_result import Method, ProbeResult, TensorStatistics
+from .quantized import check_gradients_pass, gradients_kept
 from .stopwatch import Stopwatch
 
 Mode = Literal["auto", "exact", "gram"]
@@ -105,7 +106,8 @@ def probe(
         model: Causal language model, in any weight format whose linear maps run as modules.
         batches: Each with ``input_ids``, ``attention_mask`` and ``labels`` of shape (batch, T).
         mode: ``exact`` forms each weight gradient and drops it; ``gram`` never forms one; ``auto`` takes the cheaper
-            for each weight: Gram while T * (in / u + out) < in * out, where u maps read the same input.
+            for each weight: Gram while T * (in / u + out) < in * out, where u maps read the same input. Quantized
+            weights are measured in the Gram form in every mode: their gradient would be many times their size.
         taylor: Also measure sum |weight * gradient|, which needs the gradient and so implies ``exact``.
         loss_fn: ``(model, batch) -> scalar loss``; the mean next-token loss over labelled tokens if left out.
         device: Where to put the batches; the model's own device if left out.
@@ -115,11 +117,13 @@ def probe(
     Raises:
         ValueError: If ``mode`` is unknown or there are no batches.
         ProbeError: If a batch has no labels, or a loss or gradient is NaN or infinite (names layer and batch).
+        UnsupportedModelError: If no gradient passes a linear map: its kernel, or how it is packed, is for inference.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r}, expected one of {get_args(Mode)}.")
     if not batches:
         raise ValueError("no batches to probe, expected at least one.")
+    check_gradients_pass(model)
     found = anatomy_ if anatomy_ is not None else anatomy(model)
     target = device if device is not None else next(model.parameters()).device
     started = time.perf_counter()
@@ -199,7 +203,7 @@ class _Watch:
                 if hooked:
                     self._watch_linear(name, module, layer_idx)
                 for leaf, parameter in module.named_parameters(recurse=False):
-                    if not (hooked and leaf == "weight") and parameter.is_floating_point():
+                    if not (hooked and parameter.ndim > 1) and parameter.is_floating_point():
                         self._watch_parameter(f"{name}.{leaf}", parameter, layer_idx)
 
     # --- linear maps -------------------------------------------------------------------------------------------
@@ -214,6 +218,11 @@ class _Watch:
         def after_forward(owner: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
+            if args[0].requires_grad and not output.requires_grad:
+                raise UnsupportedModelError(
+                    f"no gradient passes {name}: its {type(owner).__name__} is made for inference. Load the model "
+                    "unquantized, or in a format that trains (bitsandbytes: nf4, fp4, int8)."
+                )
             calls = self.calls.setdefault(name, [])
             if self.in_backward and calls:  # a checkpoint recomputes: the first call already has its hook
                 return None
@@ -248,7 +257,7 @@ class _Watch:
         num_rows = sum(inputs.numel() // in_features for inputs, _ in calls)
         users = self.input_users.get(input_key, 1) if len(calls) == 1 else 1
         cheaper = num_rows * (in_features / users + out_features) < in_features * out_features
-        use_gram = self.mode == "gram" or (self.mode == "auto" and cheaper)
+        use_gram = self.mode == "gram" or (self.mode == "auto" and cheaper) or is_quantized(module)
         x_TI = _stacked([inputs for inputs, _ in calls], in_features)
         g_TO = _stacked([gradient for _, gradient in calls if gradient is not None], out_features)
         if use_gram:
@@ -359,7 +368,7 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
     gradients = [parameter.grad for parameter in parameters]
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), gradients_kept(model):
         try:
             for parameter in parameters:
                 parameter.grad = None

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import ConfigError, nearest
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "model": ("model", "dtype", "device"),
+    "model": ("model", "dtype", "quantization", "device"),
     "data": (
         "data",
         "split",
@@ -40,6 +40,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "alpha_ratio",
         "targets",
         "lora_dropout",
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+        "init_lora_weights",
+        "modules_to_save",
     ),
     "step": ("batch_size",),
     "checkpointing": ("gradient_checkpointing",),
@@ -59,6 +64,7 @@ class RunConfig(BaseModel):
 
     model: str = Field("embedded", description="Hub id or local folder; 'embedded' is SmolLM2-135M-Instruct.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("auto", description="Weights in memory.")
+    quantization: Literal["nf4", "fp4", "int8"] | None = Field(None, description="Pack the base by bitsandbytes.")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', ...")
     data: str = Field("embedded", description="Hub id, or jsonl/json/parquet/csv file; 'embedded' is docstrings.")
     split: str | None = Field(None, description="Split of a hub data set.")
@@ -89,6 +95,11 @@ class RunConfig(BaseModel):
     alpha_ratio: float = Field(2.0, gt=0, description="lora_alpha / rank, everywhere.")
     targets: list[str] | None = Field(None, description="Module names to adapt; all adaptable ones if left out.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
+    use_rslora: bool = Field(False, description="Scale adapters by alpha / sqrt(rank) (rsLoRA).")
+    lora_bias: bool = Field(False, description="Train a bias in lora_B.")
+    init_lora_weights: str = Field("default", description="How adapters start: gaussian, orthogonal, pissa, olora.")
+    modules_to_save: list[str] | None = Field(None, description="Modules to train whole, e.g. lm_head.")
     plan: Path | None = Field(None, description="A plan.json to use instead of making one.")
     steps: int = Field(40, ge=1, description="Optimizer steps.")
     batch_size: int = Field(4, ge=1, description="Rows in a step.")

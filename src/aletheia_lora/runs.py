@@ -5,6 +5,7 @@ Commands differ from library calls only in that they load the model and the data
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from .allocation import ALLOCATIONS
@@ -27,6 +28,7 @@ from .files import check_writable, write_bytes, write_json
 from .memory import device_memory, parse_bytes
 from .outlook import OutlookOptions, model_from_config, outlook, outlook_text
 from .planning import Plan, PlanOptions, plan_from_probe, probe_rows
+from .quantized import plain_tensors, quantization_config
 from .report.page import finding, write_page
 from .report.plots import plot_probe_scores
 from .rows import load_rows
@@ -112,7 +114,8 @@ def preview_plan(config: RunConfig, say: Say) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     _given_plan(config)
     budget = parse_bytes(config.memory_budget)
-    model = model_from_config(load_model(config, say)[0].config if config.model == EMBEDDED else config.model)
+    unpacked = config.model_copy(update={"quantization": None})
+    model = model_from_config(load_model(unpacked, say)[0].config if config.model == EMBEDDED else config.model)
     try:
         device = _device(config)
         if config.tflops is None:
@@ -177,33 +180,58 @@ def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
 
     Raises:
         UnsupportedModelError: If nothing of that name can be loaded as a causal language model.
+        ConfigError: If the device cannot be used, or the quantization cannot be had.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says of every module that inputs are cast
     say(f"loading {_shown(config, 'model')}")
-    if config.model == EMBEDDED:
-        model, tokenizer = load_embedded_model()
-        if config.dtype in ("bfloat16", "float16"):
-            model = model.to(getattr(torch, config.dtype))
-    else:
-        dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(config.model)
-        except Exception as error:  # broken weights raise what the format's reader raises
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UnsupportedModelError(
-                f"cannot load {config.model!r} as a causal language model: {reason} "
-                "Expected a hub id, or a folder that save_pretrained wrote."
-            ) from error
     device = _device(config)
+    if config.model == EMBEDDED:
+        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        model, tokenizer = load_embedded_model(dtype=dtype, packing=_packing(config, dtype, device))
+    else:
+        model, tokenizer = _load_by_name(config, device)
     try:
-        model = model.to(device)
+        if getattr(model, "hf_quantizer", None) is None:  # packed weights are on their device
+            model = model.to(device)
         for parameter in model.parameters():  # a mapped file is read when touched: now, not in what is timed later
-            parameter.detach().view(-1)[:: mmap.PAGESIZE // parameter.element_size()].sum()
+            for kept in plain_tensors(parameter.detach()):
+                kept.reshape(-1)[:: mmap.PAGESIZE // kept.element_size()].sum()
         return model, tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device!r} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _load_by_name(config: RunConfig, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a hub id or folder; packed weights are put on their device."""
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        found = AutoConfig.from_pretrained(config.model)
+        packing = _packing(config, found.dtype if dtype == "auto" else dtype, device)
+        if getattr(found, "quantization_config", None) is not None:
+            if packing:
+                raise ConfigError(
+                    f"quantization={config.quantization!r}, but {config.model!r} is quantized already. Leave it out."
+                )
+            packing = {"device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **packing)
+        return model, AutoTokenizer.from_pretrained(config.model)
+    except ConfigError:
+        raise
+    except Exception as error:  # broken weights raise what the format's reader raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(
+            f"cannot load {config.model!r} as a causal language model: {reason} "
+            "Expected a hub id, or a folder that save_pretrained wrote."
+        ) from error
+
+
+def _packing(config: RunConfig, dtype: torch.dtype | None, device: str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that load the weights packed; none unless that was asked for."""
+    if config.quantization is None:
+        return {}
+    return {"quantization_config": quantization_config(config.quantization, dtype), "device_map": {"": device}}
 
 
 def _device(config: RunConfig) -> str:
@@ -263,6 +291,7 @@ def _given_plan(config: RunConfig) -> Plan | None:
         if name not in table:
             raise ConfigError(f"unknown {key} {name!r}. {nearest(name, table)}")
     parse_bytes(config.memory_budget)
+    _plan_options(config)
     if config.plan is None:
         return None
     beside = sorted(config.model_fields_set & {*GROUPS["probe"], *GROUPS["plan"]} - {"seed"})
@@ -285,8 +314,10 @@ def _plan(config: RunConfig, say: Say, given: Plan | None, model: Any, tokenizer
 
 
 def _plan_options(config: RunConfig) -> PlanOptions:
-    targets = None if config.targets is None else tuple(config.targets)
-    return PlanOptions(**{**config.subset(PlanOptions), "targets": targets})
+    names = {
+        key: None if (given := getattr(config, key)) is None else tuple(given) for key in ("targets", "modules_to_save")
+    }
+    return PlanOptions(**{**config.subset(PlanOptions), **names})
 
 
 def _folder(config: RunConfig) -> Path | None:

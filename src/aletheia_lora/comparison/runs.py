@@ -27,7 +27,7 @@ from .watch import Pace, Watch
 
 def attach_plan(model: Any, plan: Plan, seed: int) -> PeftModel:
     """The plan's LoRA adapters, on the model itself."""
-    return attach(model, plan.anatomy, plan.ranks, lora_dropout=plan.lora_dropout, seed=seed)
+    return attach(model, plan.anatomy, plan.ranks, plan.options.adapter, seed=seed)
 
 
 def run_of(
@@ -62,7 +62,7 @@ def run_of(
         turn.begin()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                adapted = adapt(shared_copy(model), arm.plan, options.seed)
+                adapted = adapt(shared_copy(model, own=arm.plan.rewritten_modules), arm.plan, options.seed)
                 trainer = make_trainer(arm, adapted, tokenizer, rows, pad, options, folder)
                 if arm.pace is not None:
                     trainer.add_callback(Pace(arm))

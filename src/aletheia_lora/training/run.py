@@ -113,7 +113,7 @@ def train_adapter(
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             trainer = SFTTrainer(
-                shared_copy(model),
+                shared_copy(model, own=plan.rewritten_modules),
                 args,
                 plan=plan,
                 train_dataset=rows,

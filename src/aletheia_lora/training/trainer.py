@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..errors import NonFiniteLossError, PlanError
 from ..fast_lora import FastLora
 from ..loss import labelled_loss
 from ..planning import Plan
+from ..quantized import check_gradients_pass, gradients_kept
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .truncation import Truncation, backward_depth
 from .unpadded import Unpadded
@@ -101,12 +103,12 @@ class SFTTrainer(trl.SFTTrainer):
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
         if already_attached:
-            check_census(model, plan.ranks)
+            check_census(model, plan.ranks, plan.options.adapter)
         else:
             plan.check_fits(model)
-            model = attach(model, plan.anatomy, plan.ranks, lora_dropout=plan.lora_dropout, seed=args.seed)
+            model = attach(model, plan.anatomy, plan.ranks, plan.options.adapter, seed=args.seed)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _adapters_in_their_dtype(model):
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 super().__init__(
                     model=model,
@@ -116,7 +118,7 @@ class SFTTrainer(trl.SFTTrainer):
                     processing_class=processing_class,
                     **trl_arguments,
                 )
-            check_census(self.model, plan.ranks)
+            check_census(self.model, plan.ranks, plan.options.adapter)
         except BaseException:
             if not already_attached:
                 model.unload()
@@ -128,8 +130,10 @@ class SFTTrainer(trl.SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as TRL does; whatever was hooked onto the model is removed afterwards, also on failure."""
+        check_gradients_pass(self.model)
         try:
-            return super().train(*args, **kwargs)
+            with gradients_kept(self.model):
+                return super().train(*args, **kwargs)
         finally:
             self._shortcuts.remove()
 
@@ -255,6 +259,16 @@ class _Shortcuts(TrainerCallback):
                 self.trainer.padding_record, self.unpadded = shortcut.record(), None
             if isinstance(shortcut, PrefixCache):
                 self.trainer.prefix_cache_record = shortcut.record()
+
+
+@contextlib.contextmanager
+def _adapters_in_their_dtype(model: Any) -> Iterator[None]:
+    """Undo that TRL rounds adapters on packed weights to bfloat16: PEFT trains them in float32, so all arms do."""
+    trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in trainable:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
 
 
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:
