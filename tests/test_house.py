@@ -22,7 +22,9 @@ NAME = PACKAGE.name
 ROOMS = (
     "errors",
     "files",
+    "processes",
     "layers",
+    "placement",
     "anatomy",
     "rows",
     "data",

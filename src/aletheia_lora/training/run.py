@@ -109,7 +109,7 @@ def train_adapter(
             f"{len(rows)} rows are fewer than a batch of {options.batch_size}. Add rows or lower batch_size."
         )
     with random_state_kept(), tempfile.TemporaryDirectory() as scratch:
-        args = _arguments(options, scratch, use_cpu=next(model.parameters()).device.type == "cpu")
+        args = _arguments(options, scratch, use_cpu=input_device(model).type == "cpu")
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             trainer = SFTTrainer(

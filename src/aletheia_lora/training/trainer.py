@@ -18,7 +18,10 @@ from ..data import TokenizedRows, tokenize
 from ..errors import NonFiniteLossError, PlanError
 from ..fast_lora import FastLora
 from ..loss import labelled_loss
+from ..placement import input_device
 from ..planning import Plan
+from ..processes import check_same, digest, gather, is_main, on_any, world_size
+from .engine import check_engine, engine_of, in_forward_of, local
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .truncation import Truncation, backward_depth
 from .unpadded import Unpadded
@@ -81,7 +84,7 @@ class SFTTrainer(trl.SFTTrainer):
         """
         if prefix_cache is not None:
             check_lowest(plan.selection.lowest)
-        args = trl.SFTConfig(use_cpu=next(model.parameters()).device.type == "cpu") if args is None else args
+        args = trl.SFTConfig(use_cpu=input_device(model).type == "cpu") if args is None else args
         if "peft_config" in trl_arguments:
             raise PlanError("peft_config was given beside a plan. Leave it out: the plan says what to adapt.")
         if processing_class is None:
