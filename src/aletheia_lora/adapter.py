@@ -93,12 +93,19 @@ def lora_config(anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], *, lora_drop
 
 
 def attach(
-    model: Any, anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], *, lora_dropout: float = 0.0, seed: int = 0
+    model: Any,
+    anatomy: ModelAnatomy,
+    ranks: Sequence[ModuleRank],
+    *,
+    lora_dropout: float = 0.0,
+    seed: int = 0,
+    full_precision: bool = True,
 ) -> PeftModel:
     """Put the adapters on the model and prove by census that they, and nothing else, are there.
 
-    The random start of the adapters depends on ``seed`` alone; the global random state does not move. On failure the
-    model is given back without adapters, its ``requires_grad`` flags as found.
+    The random start of the adapters depends on ``seed`` alone; the global random state does not move. Adapters of
+    half-precision models are float32 unless ``full_precision`` is off. On failure the model is given back without
+    adapters, its ``requires_grad`` flags as found.
 
     Raises:
         PlanError: As :func:`lora_config`.
@@ -112,7 +119,7 @@ def attach(
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the census below is stricter than any of PEFT's warnings
             torch.manual_seed(seed)
-            peft_model = get_peft_model(model, config)
+            peft_model = get_peft_model(model, config, autocast_adapter_dtype=full_precision)
         check_census(peft_model, ranks)
     except BaseException:
         if peft_model is not None:
@@ -188,12 +195,20 @@ def check_census(model: nn.Module, ranks: Sequence[ModuleRank]) -> tuple[Adapter
 
 
 def dead_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters whose ``lora_B`` has no gradient or a zero one; call after the first backward."""
+    """Names of the adapters whose ``lora_B`` has no gradient or a zero one; call after the first backward.
+
+    Of a gradient that is sharded over processes the part of this process is looked at.
+    """
     return [
         name.removeprefix("base_model.model.")
         for name, parameter in model.named_parameters()
-        if "lora_B" in name and parameter.requires_grad and (parameter.grad is None or not bool(parameter.grad.any()))
+        if "lora_B" in name and parameter.requires_grad and not _has_gradient(parameter)
     ]
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    gradient: Any = parameter.grad
+    return gradient is not None and bool((gradient.to_local() if hasattr(gradient, "to_local") else gradient).any())
 
 
 def _got(name: str, want: Mapping[str, tuple[int, float]], have: Mapping[str, tuple[int, float]]) -> str:

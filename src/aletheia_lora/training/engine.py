@@ -6,6 +6,7 @@ stands here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,22 +65,25 @@ def check_engine(args: TrainingArguments, model: nn.Module) -> None:
     """Check, before anything is attached, that a trainer with these arguments can run the model.
 
     Raises:
-        ConfigError: For ``nn.DataParallel`` (several GPUs in one process without a device map) and for FSDP 1.
+        ConfigError: For ``nn.DataParallel``: several GPUs in one process without a device map.
     """
     if args.n_gpu > 1 and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         raise ConfigError(
             f"one process sees {args.n_gpu} GPUs and would run nn.DataParallel, which is not supported. Start it with "
             "`accelerate launch`, load the model with a device_map, or set CUDA_VISIBLE_DEVICES=0."
         )
-    plugin = getattr(args, "fsdp_plugin_args", None)
-    if plugin is not None and int(plugin.get("fsdp_version", 2)) == 1:
-        raise ConfigError("FSDP version 1 flattens weights, which adapters do not survive. Set fsdp_version: 2.")
 
 
 def engine_of(accelerator: Any, model: nn.Module) -> Engine:
-    """Who runs the steps of a trainer with this accelerator."""
+    """Who runs the steps of a trainer with this accelerator.
+
+    Raises:
+        ConfigError: For FSDP 1, whose flat weights hold frozen and trained ones together.
+    """
     count = int(accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ConfigError("FSDP version 1 cannot hold frozen and trained weights apart. Set fsdp_version: 2.")
         return Engine("FSDP2", count)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return Engine(f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}", count)
@@ -116,6 +120,12 @@ def in_forward_of(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Tens
         return found
     finally:
         put_back()
+
+
+def sharded_loading() -> bool:
+    """True where FSDP lets process 0 alone load the weights and hands them to the others later."""
+    flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return all(os.environ.get(flag, "false").lower() in ("1", "true") for flag in flags)
 
 
 def local(tensor: Tensor) -> Tensor:
