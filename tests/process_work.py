@@ -124,12 +124,13 @@ def train_job(folder, engine="DDP", **changes):
 
 
 def trainer(made, folder, **changes):
+    model = build("llama")  # first: once there are arguments for ZeRO-3, every new model comes in parts
     size = 8 // processes.world_size()
     settings = {
         "output_dir": str(folder),
         "max_steps": STEPS,
         "per_device_train_batch_size": size,
-        "learning_rate": 1e-2,
+        "learning_rate": 1.0,
         "max_grad_norm": 1.0,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -144,7 +145,7 @@ def trainer(made, folder, **changes):
         **changes,
     }
     args = trl.SFTConfig(**settings)
-    return SFTTrainer(build("llama"), args, plan=made, train_dataset=rows(), processing_class=word_tokenizer())
+    return SFTTrainer(model, args, plan=made, train_dataset=rows(), processing_class=word_tokenizer())
 
 
 def accumulate_job(folder, engine="DDP"):

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from ..errors import ConfigError
-from ..processes import is_main
+from ..processes import is_main, is_sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,15 @@ def check_engine(args: TrainingArguments, model: nn.Module) -> None:
     """Check, before anything is attached, that a trainer with these arguments can run the model.
 
     Raises:
-        ConfigError: For ``nn.DataParallel``: several GPUs in one process without a device map.
+        ConfigError: For ``nn.DataParallel`` (several GPUs in one process without a device map), and for a model that
+            was loaded in parts.
     """
+    parts = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if parts is not None:
+        raise ConfigError(
+            f"the model's weights are in parts over processes already, e.g. {parts}, and adapters are attached to whole "
+            "ones. Load the model before making the trainer's arguments (under ZeRO-3 it is loaded in parts after)."
+        )
     if args.n_gpu > 1 and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         raise ConfigError(
             f"one process sees {args.n_gpu} GPUs and would run nn.DataParallel, which is not supported. Start it with "
