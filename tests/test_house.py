@@ -22,8 +22,10 @@ NAME = PACKAGE.name
 ROOMS = (
     "errors",
     "files",
+    "processes",
     "layers",
     "quantized",
+    "placement",
     "anatomy",
     "rows",
     "data",

@@ -169,12 +169,19 @@ def peft_arguments(options: AdapterOptions) -> dict[str, Any]:
 
 
 def attach(
-    model: Any, anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], options: AdapterOptions = PLAIN, *, seed: int = 0
+    model: Any,
+    anatomy: ModelAnatomy,
+    ranks: Sequence[ModuleRank],
+    options: AdapterOptions = PLAIN,
+    *,
+    seed: int = 0,
+    full_precision: bool = True,
 ) -> PeftModel:
     """Put the adapters on the model and prove by census that they, and nothing else, are there.
 
-    The random start of the adapters depends on ``seed`` alone; the global random state does not move. On failure the
-    model is given back without adapters, its weights and ``requires_grad`` flags as found.
+    The random start of the adapters depends on ``seed`` alone; the global random state does not move. Adapters of
+    half-precision models are float32 unless ``full_precision`` is off. On failure the model is given back without
+    adapters, its weights and ``requires_grad`` flags as found.
 
     Raises:
         PlanError: As :func:`lora_config`; if PEFT cannot put these adapters on these modules (a storage of weights
@@ -191,7 +198,7 @@ def attach(
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the census below is stricter than any of PEFT's warnings
             torch.manual_seed(seed)
-            peft_model = _get_peft_model(model, config)
+            peft_model = _get_peft_model(model, config, full_precision)
         check_census(peft_model, ranks, options)
     except BaseException:
         _take_off(model)
@@ -281,21 +288,29 @@ def check_census(
 
 
 def dead_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters whose ``lora_B`` has no gradient or a zero one; call after the first backward."""
+    """Names of the adapters whose ``lora_B`` has no gradient or a zero one; call after the first backward.
+
+    Of a gradient that is sharded over processes the part of this process is looked at.
+    """
     return [
         name.removeprefix("base_model.model.")
         for name, parameter in model.named_parameters()
-        if "lora_B" in name and parameter.requires_grad and (parameter.grad is None or not bool(parameter.grad.any()))
+        if "lora_B" in name and parameter.requires_grad and not _has_gradient(parameter)
     ]
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    gradient: Any = parameter.grad
+    return gradient is not None and bool((gradient.to_local() if hasattr(gradient, "to_local") else gradient).any())
 
 
 # --- what PEFT can, and what it cannot ----------------------------------------------------------------------------
 
 
-def _get_peft_model(model: Any, config: LoraConfig) -> PeftModel:
+def _get_peft_model(model: Any, config: LoraConfig, full_precision: bool) -> PeftModel:
     """PEFT's own call, with what it says of a module it cannot adapt put into our words."""
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, autocast_adapter_dtype=full_precision)
     except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise PlanError(
@@ -392,8 +407,6 @@ def _take_off(model: nn.Module) -> None:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, inner)
     vars(model).pop("peft_config", None)
-
-
 def _got(name: str, want: Mapping[str, tuple[int, float]], have: Mapping[str, tuple[int, float]]) -> str:
     if name in want and name in have:
         return f": planned rank and alpha {want[name]}, found {have[name]}"

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import PlanError, UnsupportedModelError
 from .layers import embedding_of, layer_blocks
+from .placement import input_device
 from .quantized import plain_tensors
 
 Kind = Literal["attention", "mlp", "expert", "mixer"]
@@ -425,7 +426,7 @@ def _modules_called(model: nn.Module, text_config: Any) -> tuple[set[int] | None
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     weight = embedding_of(model).weight
     vocab_size = int(getattr(text_config, "vocab_size", 0) or weight.shape[0])
-    input_ids = (torch.arange(TRIAL_TOKENS, device=weight.device) % vocab_size).unsqueeze(0)
+    input_ids = (torch.arange(TRIAL_TOKENS, device=input_device(model)) % vocab_size).unsqueeze(0)
     devices = [weight.device] if weight.device.type == "cuda" else []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):

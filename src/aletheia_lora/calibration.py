@@ -131,7 +131,7 @@ def calibrated_cost(anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming)
     """The cost of a training step in seconds, from what the probe's batches took.
 
     For each layer, forward and backward by themselves: seconds per counted operation on each batch, the median over
-    the batches (without the first, where there are more) and over all layers of equal shapes, times the operations of
+    the batches (without the first of each process, where there are more) and over all layers of equal shapes, times the operations of
     the training step. Likewise for what is outside the layers, per labelled token. So noise between equal layers does
     not decide which is cheaper. Adapters cost what was timed on their shapes; where that is missing (stacks of
     experts), what was counted, at the seconds per operation of the layers' forward.
@@ -153,7 +153,7 @@ def calibrated_cost(anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming)
         )
         for rows, length, labelled in zip(timing.num_rows, timing.lengths, timing.num_labelled, strict=True)
     ]
-    used = range(1 if len(batches) > 1 else 0, len(batches))
+    used = range(timing.num_first if len(batches) > timing.num_first else 0, len(batches))
     groups: dict[object, list[int]] = defaultdict(list)
     left_out = defaultdict(list)
     for item in anatomy.left_out:

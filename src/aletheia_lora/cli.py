@@ -126,8 +126,13 @@ def _execute(
         print(config.model_dump_json(indent=None if as_json else 1))
         return
     from . import runs  # late: it loads torch
+    from .processes import is_main, joined
 
-    record = getattr(runs, run)(config, _say)
+    with joined(cpu=runs.device_of(config) == "cpu"):
+        record = getattr(runs, run)(config, _say if is_main() else lambda _line: None)
+        shown = is_main()
+    if not shown:
+        return
     if as_json:
         from .files import json_text
 

@@ -81,6 +81,8 @@ def _why_not(module: LoraLayer) -> str | None:
     base: Any = module.get_base_layer()
     if type(base) not in (nn.Linear, Conv1D):
         return f"the base layer is a {type(base).__name__}"
+    if hasattr(base.weight, "ds_id"):
+        return "ZeRO-3 brings the weight in only for the forward of its own module"
     if not base.weight.is_floating_point():
         return f"the weight is stored as {base.weight.dtype}"
     if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) or "forward" in vars(module):

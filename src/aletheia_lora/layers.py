@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -65,7 +66,7 @@ def _find_layers(model: nn.Module, text_config: Any, architecture: str) -> list[
             f"matrix; found {sorted(stacks) or 'none'}."
         )
     depth = getattr(text_config, "num_hidden_layers", None)
-    weights = {name: sum(p.numel() for p in stack.parameters()) for name, stack in candidates.items()}
+    weights = {name: sum(math.prod(_shape(p)) for p in stack.parameters()) for name, stack in candidates.items()}
     best = max(candidates, key=lambda name: (len(candidates[name]) == depth, weights[name]))
     parent = best.rpartition(".")[0]
     parallel = [
@@ -75,8 +76,8 @@ def _find_layers(model: nn.Module, text_config: Any, architecture: str) -> list[
     ]
     chosen = [name for name in candidates if name == best or name in parallel]
     if depth is not None and len(candidates[best]) != depth:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        embeddings = sum(p.numel() for p in {id(p): p for p in _embedding_parameters(model)}.values())
+        total = sum(math.prod(_shape(parameter)) for parameter in model.parameters())
+        embeddings = sum(math.prod(_shape(p)) for p in {id(p): p for p in _embedding_parameters(model)}.values())
         share = weights[best] / max(total - embeddings, 1)
         if share < 0.9:
             raise UnsupportedModelError(
@@ -93,9 +94,15 @@ def _outermost_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
             continue
         if any(name.startswith(f"{outer}.") for outer in stacks):
             continue
-        if all(any(p.ndim >= 2 or not p.is_floating_point() for p in entry.parameters()) for entry in module):
+        if all(any(len(_shape(p)) >= 2 or not p.is_floating_point() for p in entry.parameters()) for entry in module):
             stacks[name] = module
     return stacks
+
+
+def _shape(parameter: nn.Parameter) -> Sequence[int]:
+    """The shape of a weight, also of one that ZeRO-3 has taken apart: its own is empty between uses."""
+    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def _embedding_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from .data import NO_LABEL
 from .errors import DataError
+from .placement import input_device
 from .quantized import gradients_kept
 
 # Logits alive at once. Fewer rows make the product slower: the head is read anew for every chunk.
@@ -261,7 +262,7 @@ def heldout_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
     Raises:
         DataError: If the batches carry no label at all.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     total, count = 0.0, 0
     with evaluating(model):
         for batch in batches:

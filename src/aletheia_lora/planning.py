@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from peft import LoraConfig
+from torch import Tensor
 
 from .adapter import AdapterOptions, lora_config
 from .allocation import AllocationOptions, ModuleRank, allocate, trainable_params
@@ -22,6 +23,7 @@ from .errors import PlanError, nearest
 from .files import write_json
 from .layers import embedding_of
 from .memory import parse_bytes
+from .placement import input_device
 from .prediction import (
     Prediction,
     batch_shape,
@@ -33,6 +35,7 @@ from .prediction import (
 )
 from .probe import Mode, probe
 from .probe_result import ProbeResult
+from .processes import on_main, together
 from .scores import layer_scores
 from .selection import LayerSelection, ParetoPoint, SelectionOptions, nothing_fits, pareto, select
 
@@ -283,6 +286,9 @@ def plan(
 ) -> Plan:
     """Probe the model on the rows and plan what to adapt: probe -> score -> cost -> choose -> rank.
 
+    In a ``torch.distributed`` group every process has to call this with the same model and rows; they share the probe's
+    batches out and all get the same plan.
+
     Args:
         model: Causal language model; left exactly as found.
         rows: Rows in TRL's formats, or :class:`~aletheia_lora.data.TokenizedRows`.
@@ -295,6 +301,7 @@ def plan(
         DataError: If the rows cannot be tokenized, or there are fewer than one batch.
         ProbeError: If the probe cannot be trusted.
         PlanError: If the budget or the ranks cannot be met.
+        ProcessError: If the processes of a group hold different models or rows.
         ValueError: If an option is unknown or out of range.
     """
     for name in options:
@@ -302,7 +309,7 @@ def plan(
             raise ValueError(f"unknown option {name!r}. {nearest(name, PlanOptions.__dataclass_fields__)}")
     chosen = PlanOptions(**options)
     found, measured = probe_rows(model, rows, chosen, tokenizer=tokenizer, max_length=max_length, progress=progress)
-    return plan_from_probe(found, measured, chosen, model=model)
+    return on_main(lambda: plan_from_probe(found, measured, chosen, model=model), "planning")
 
 
 def probe_rows(
@@ -318,35 +325,47 @@ def probe_rows(
     """The part of planning that needs the model and data: its anatomy, and a probe on rows drawn by the seed.
 
     With ``options.calibrate`` adapters are timed, too. ``row_lengths`` are the tokens of the rows that training will
-    see; those of ``rows`` if left out.
+    see; those of ``rows`` if left out. In a ``torch.distributed`` group every process calls this and gets one result.
 
     Raises:
         DataError: If the rows cannot be tokenized.
         ProbeError: If the probe cannot be trusted.
+        ProcessError: If the processes of a group hold different models or rows.
     """
-    tokenized = rows if isinstance(rows, TokenizedRows) else tokenize(rows, tokenizer, max_length=max_length)
+
+    def read() -> TokenizedRows:
+        return rows if isinstance(rows, TokenizedRows) else tokenize(rows, tokenizer, max_length=max_length)
+
+    def prepare() -> tuple[ModelAnatomy, list[dict[str, Tensor]]]:
+        order = np.random.default_rng(options.seed).permutation(len(tokenized))
+        count = min(options.probe_batches * options.probe_batch_size, len(tokenized))
+        sample = [tokenized[int(index)] for index in order[:count]]
+        pad = getattr(tokenizer, "pad_token_id", None) or 0
+        return anatomy(model), list(batches(sample, min(options.probe_batch_size, len(sample)), pad))
+
+    tokenized = together(read, "reading the rows")
     started = time.perf_counter()
-    found = anatomy(model)
-    pad = getattr(tokenizer, "pad_token_id", None) or 0
-    order = np.random.default_rng(options.seed).permutation(len(tokenized))
-    count = min(options.probe_batches * options.probe_batch_size, len(tokenized))
-    sample = [tokenized[int(index)] for index in order[:count]]
+    found, drawn = together(prepare, "looking at the model")
     measured = probe(
         model,
-        list(batches(sample, min(options.probe_batch_size, len(sample)), pad)),
+        drawn,
         mode=options.probe_mode,
         taylor=options.score == "taylor",
         anatomy_=found,
         progress=progress,
     )
-    lengths = [len(row.input_ids) for row in tokenized] if row_lengths is None else row_lengths
-    measured = replace(measured, row_lengths=length_profile(lengths))
-    if options.calibrate and measured.timing is not None:
-        weight = embedding_of(model).weight
-        num_tokens = batch_shape(measured, options.batch_size).step.num_tokens
-        timing = timed_adapters(found, measured.timing, num_tokens, device=weight.device, dtype=weight.dtype)
-        measured = replace(measured, timing=timing)
-    return found, replace(measured, seconds=time.perf_counter() - started)
+
+    def finish() -> ProbeResult:
+        lengths = [len(row.input_ids) for row in tokenized] if row_lengths is None else row_lengths
+        complete = replace(measured, row_lengths=length_profile(lengths))
+        if options.calibrate and complete.timing is not None:
+            num_tokens = batch_shape(complete, options.batch_size).step.num_tokens
+            device, dtype = input_device(model), embedding_of(model).weight.dtype
+            timing = timed_adapters(found, complete.timing, num_tokens, device=device, dtype=dtype)
+            complete = replace(complete, timing=timing)
+        return replace(complete, seconds=time.perf_counter() - started)
+
+    return found, on_main(finish, "timing adapters")
 
 
 def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOptions, *, model: Any = None) -> Plan:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,7 +26,9 @@ from .data import as_batches
 from .errors import ProbeError, UnsupportedModelError
 from .layers import layer_blocks
 from .loss import full_precision, labelled_loss, num_labelled
-from .probe_result import Method, ProbeResult, TensorStatistics
+from .placement import in_memory, input_device, weight_value
+from .probe_result import Method, ProbeResult, TensorStatistics, merged
+from .processes import check_same, digest, gather, is_main, is_sharded, rank, together, world_size
 from .quantized import check_gradients_pass, gradients_kept
 from .stopwatch import Stopwatch
 
@@ -71,13 +73,13 @@ def gradient_probe(
     for name, value in (("num_layers", num_layers), ("probe_batches", probe_batches), ("chunk_size", chunk_size)):
         if value is not None and value <= 0:
             raise ValueError(f"{name}={value}, expected a positive number.")
-    found = anatomy(model)
+    found = together(lambda: anatomy(model), "looking at the model")
     if num_layers is not None and num_layers != found.num_layers:
         raise ValueError(
             f"num_layers={num_layers}, but {found.architecture} has {found.num_layers} layers. Leave it out."
         )
-    batches = as_batches(dataset, num_batches=probe_batches, seed=seed)
-    target = torch.device(device) if device is not None else next(model.parameters()).device
+    batches = together(lambda: as_batches(dataset, num_batches=probe_batches, seed=seed), "drawing batches")
+    target = torch.device(device) if device is not None else input_device(model)
 
     def loss_fn(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast("cuda", dtype=compute_dtype, enabled=target.type == "cuda"):
@@ -102,8 +104,11 @@ def probe(
     Dropout is off, no gradient is kept, and the model (flags, gradients, hooks, train mode) and the random number
     generators are exactly as found afterwards, also when the forward raises.
 
+    In a ``torch.distributed`` group every process has to call this with the same model and batches. They share the
+    batches out, and all return one result, that of a single process.
+
     Args:
-        model: Causal language model, in any weight format whose linear maps run as modules.
+        model: Causal language model, in any weight format whose linear maps run as modules; whole on every process.
         batches: Each with ``input_ids``, ``attention_mask`` and ``labels`` of shape (batch, T).
         mode: ``exact`` forms each weight gradient and drops it; ``gram`` never forms one; ``auto`` takes the cheaper
             for each weight: Gram while T * (in / u + out) < in * out, where u maps read the same input. Quantized
@@ -116,27 +121,62 @@ def probe(
 
     Raises:
         ValueError: If ``mode`` is unknown or there are no batches.
-        ProbeError: If a batch has no labels, or a loss or gradient is NaN or infinite (names layer and batch).
         UnsupportedModelError: If no gradient passes a linear map: its kernel, or how it is packed, is for inference.
+        ProbeError: If a batch has no labels, or a loss or gradient is NaN or infinite (names layer and batch), or the
+            weights are sharded over processes.
+        ProcessError: If the processes of a group hold different models, batches or devices.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r}, expected one of {get_args(Mode)}.")
     if not batches:
         raise ValueError("no batches to probe, expected at least one.")
+    _check_whole(model)
     check_gradients_pass(model)
-    found = anatomy_ if anatomy_ is not None else anatomy(model)
-    target = device if device is not None else next(model.parameters()).device
+    found = anatomy_ if anatomy_ is not None else together(lambda: anatomy(model), "looking at the model")
+    target = device if device is not None else input_device(model)
+
+    def held() -> dict[str, object]:
+        return {
+            "model": found.fingerprint,
+            "weights": digest(model.named_parameters(), most=64),
+            "batches": digest((name, tensor) for batch in batches for name, tensor in sorted(batch.items())),
+            "kind of device": target.type,
+            "mode": (mode, taylor),
+        }
+
+    check_same(held, "Load one model, and draw the same rows with the same seed, on every process.")
+    share = list(enumerate(batches))[rank() :: world_size()]
+
+    def measure() -> ProbeResult:
+        shown = tqdm(share, desc="probing", unit="batch", disable=not (progress and is_main()))
+        return _measured(model, shown, found, target, mode, taylor, loss_fn)
+
+    return merged(gather(measure, "probing"))
+
+
+def _measured(
+    model: nn.Module,
+    share: Iterable[tuple[int, Mapping[str, Tensor]]],
+    found: ModelAnatomy,
+    target: torch.device,
+    mode: Mode,
+    taylor: bool,
+    loss_fn: LossFunction,
+) -> ProbeResult:
+    """The result of some of the batches, each with its number; of none, if this process has none."""
     started = time.perf_counter()
     memory = _MemoryPeak(target)
+    seen: list[Mapping[str, Tensor]] = []
     losses: list[float] = []
-    with _left_as_found(model):
+    with _left_as_found(model), in_memory(_measured_by_autograd(model, found)):
         clock = Stopwatch(model, target)
         watch = _Watch(model, found, "exact" if taylor else mode, taylor, clock)
         try:
-            for index, batch in enumerate(tqdm(batches, desc="probing", unit="batch", disable=not progress)):
+            for index, batch in share:
                 on_device = {key: value.to(target) for key, value in batch.items()}
                 losses.append(_run(model, on_device, index, loss_fn, clock))
                 watch.end_of_batch(index)
+                seen.append(batch)
         finally:
             watch.close()
             clock.close()
@@ -146,14 +186,25 @@ def probe(
         num_layers=found.num_layers,
         tensors=tensors,
         losses=tuple(losses),
-        num_tokens=tuple(int(batch.get("attention_mask", batch["input_ids"] + 1).count_nonzero()) for batch in batches),
-        num_labelled_tokens=tuple(int(num_labelled(batch)) for batch in batches),
-        batch_size=max(batch["input_ids"].shape[0] for batch in batches),
+        num_tokens=tuple(int(batch.get("attention_mask", batch["input_ids"] + 1).count_nonzero()) for batch in seen),
+        num_labelled_tokens=tuple(int(num_labelled(batch)) for batch in seen),
+        batch_size=max((batch["input_ids"].shape[0] for batch in seen), default=0),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=memory.peak_bytes(),
         mode=mode,
         timing=clock.timing(),
     )
+
+
+def _check_whole(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ProbeError("got a DistributedDataParallel model, expected the model inside it: probe model.module.")
+    sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    if sharded:
+        raise ProbeError(
+            f"{len(sharded)} weights are sharded over processes, e.g. {sharded[0]}, and the probe needs them whole. "
+            "Probe before the model is sharded, or in one process with device_map, and train by the saved plan."
+        )
 
 
 def _run(model: nn.Module, batch: Mapping[str, Tensor], index: int, loss_fn: LossFunction, clock: Stopwatch) -> float:
@@ -177,7 +228,7 @@ class _Watch:
 
     def __init__(self, model: nn.Module, found: ModelAnatomy, mode: Mode, taylor: bool, clock: Stopwatch) -> None:
         self.mode, self.taylor, self.clock = mode, taylor, clock
-        self.device_type = next(model.parameters()).device.type
+        self.device_type = clock.device.type
         self.handles: list[Any] = []
         self.kinds = {module.name: module.kind for module in found.modules}
         self.squares: dict[str, float] = {}
@@ -212,7 +263,7 @@ class _Watch:
         shape = linear_shape(module)
         assert shape is not None
         self.linears[name] = module
-        norm = None if is_quantized(module) else float(full_precision(torch.as_tensor(module.weight).detach()).norm())
+        norm = None if is_quantized(module) else float(full_precision(weight_value(module)).norm())
         self.owners[name] = (layer_idx, shape[0] * shape[1], "formed", norm)
 
         def after_forward(owner: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -267,7 +318,7 @@ class _Watch:
             grad_OI = g_TO.T @ x_TI
             self.squares[name] = float(grad_OI.norm()) ** 2
             if self.taylor and norm is not None:
-                weight = torch.as_tensor(module.weight).detach()
+                weight = weight_value(module).to(grad_OI.device)
                 weight_OI = weight if weight.shape == grad_OI.shape else weight.T
                 self.taylors.setdefault(name, []).append(float((grad_OI * weight_OI).abs().sum()))
         self.owners[name] = (layer_idx, num_params, "gram" if use_gram else "formed", norm)
@@ -345,8 +396,8 @@ class _Watch:
                 kind=self.kinds.get(name, "other"),
                 num_params=num_params,
                 method=method,
-                grad_norm=tuple(self.norms[name]),
-                taylor=tuple(self.taylors[name]) if len(self.taylors.get(name, ())) == len(self.norms[name]) else None,
+                grad_norm=tuple(norms := self.norms.get(name, [])),
+                taylor=tuple(taylors) if len(taylors := self.taylors.get(name, [])) == len(norms) else None,
                 weight_norm=norm,
             )
             for name, (layer_idx, num_params, method, norm) in self.owners.items()
@@ -363,23 +414,30 @@ def _stacked(tensors: Sequence[Tensor], features: int) -> Tensor:
 @contextlib.contextmanager
 def _left_as_found(model: nn.Module) -> Iterator[None]:
     """Run in eval mode with empty gradients; put flags, modes, gradients and random state back afterwards."""
-    parameters = list(model.parameters())
-    flags = [parameter.requires_grad for parameter in parameters]
-    gradients = [parameter.grad for parameter in parameters]
+    # By name: where weights are offloaded, every forward puts new parameters into the modules.
+    found = [(m, name, p.requires_grad, p.grad) for m in model.modules() for name, p in m.named_parameters("", False)]
     modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), gradients_kept(model):
         try:
-            for parameter in parameters:
-                parameter.grad = None
+            model.zero_grad(set_to_none=True)
             model.eval()
             yield
         finally:
-            for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):
+            for module, name, flag, gradient in found:
+                parameter = module.get_parameter(name)
                 parameter.requires_grad_(flag)
                 parameter.grad = gradient
             for module, training in modes:
                 module.training = training
+
+
+def _measured_by_autograd(model: nn.Module, found: ModelAnatomy) -> list[nn.Module]:
+    """The modules inside the layers that own a weight besides the matrix of an adaptable linear map."""
+    linear = {id(model.get_submodule(m.name)) for m in found.modules if m.storage != "stacked"}
+    inside = (module for part in layer_blocks(model) for block in part for module in block.modules())
+    own = ((module, {name for name, _ in module.named_parameters(recurse=False)}) for module in inside)
+    return [module for module, names in own if (names - {"weight"} if id(module) in linear else names)]
 
 
 def _first_bad_layer(model: nn.Module, batch: Mapping[str, Tensor], loss_fn: LossFunction) -> str:

@@ -7,8 +7,8 @@ it, saved as JSON and read back without torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +82,8 @@ class StepTiming:
     """What adapters cost on each shape of matrix, on a batch of ``adapter_tokens``; empty if not measured."""
     adapter_tokens: int = 0
     """Tokens that ``adapters`` were measured for."""
+    num_first: int = 1
+    """How many batches, from the start, were the first of their process, and so warmed caches up."""
     batching: float = 1.0
     """Seconds of a token in a training batch over those in a probe batch; below 1 where small batches idle."""
 
@@ -240,3 +242,46 @@ class ProbeResult(Mapping[int, float]):
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
             raise ProbeError(f"{str(path)!r} is not JSON (line {error.lineno}): {error.msg}.") from error
+
+
+def merged(parts: Sequence[ProbeResult]) -> ProbeResult:
+    """The result of all batches from those of several processes, of which part r measured batches r, r + n, ...
+
+    Statistics, losses, tokens and timing come in the order of batches. Seconds and memory are those of the slowest and
+    the largest process. A part without batches counts for nothing; one part alone is the result.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    used = [part for part in parts if part.num_batches]
+    last = used[(sum(part.num_batches for part in used) - 1) % len(parts)]
+
+    def in_turns(columns: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+        return tuple(column[turn] for turn in range(len(columns[0])) for column in columns if turn < len(column))
+
+    def tensor(index: int) -> TensorStatistics:
+        mine = [part.tensors[index] for part in used]
+        taylors = [entry.taylor for entry in mine if entry.taylor is not None]
+        return replace(
+            last.tensors[index],
+            grad_norm=in_turns([entry.grad_norm for entry in mine]),
+            taylor=in_turns(taylors) if len(taylors) == len(mine) else None,
+        )
+
+    timings = [part.timing for part in used if part.timing is not None]
+    timing = None
+    if len(timings) == len(used):
+        columns = ("forward", "backward", "outside", "num_rows", "lengths", "num_labelled")
+        together = {name: in_turns([getattr(each, name) for each in timings]) for name in columns}
+        timing = replace(timings[0], **together, num_first=len(used))
+    peaks = [part.peak_memory_bytes for part in used if part.peak_memory_bytes is not None]
+    return replace(
+        used[0],
+        tensors=tuple(tensor(index) for index in range(len(used[0].tensors))),
+        losses=in_turns([part.losses for part in used]),
+        num_tokens=in_turns([part.num_tokens for part in used]),
+        num_labelled_tokens=in_turns([part.num_labelled_tokens for part in used]),
+        batch_size=max(part.batch_size for part in used),
+        seconds=max(part.seconds for part in parts),
+        peak_memory_bytes=max(peaks) if len(peaks) == len(used) else None,
+        timing=timing,
+    )

@@ -28,6 +28,7 @@ from .files import check_writable, write_bytes, write_json
 from .memory import device_memory, parse_bytes
 from .outlook import OutlookOptions, model_from_config, outlook, outlook_text
 from .planning import Plan, PlanOptions, plan_from_probe, probe_rows
+from .processes import on_main, together, world_size
 from .quantized import plain_tensors, quantization_config
 from .report.page import finding, write_page
 from .report.plots import plot_probe_scores
@@ -73,20 +74,24 @@ def run_doctor(config: RunConfig, say: Say) -> dict[str, Any]:
 
 def run_probe(config: RunConfig, say: Say) -> dict[str, Any]:
     """Probe and score; writes ``scores.json`` and ``scores.png`` into the output folder, if one is given."""
-    folder = _folder(config)
+    folder = on_main(lambda: _folder(config), "making the output folder")
     _given_plan(config)
     model, tokenizer, parts = _model_and_data(config, say)
     say(f"probing {config.probe_batches} batches")
     _, measured = probe_rows(model, parts.probe, _plan_options(config), tokenizer=tokenizer, progress=True)
-    scores = layer_scores(config.score, measured, model=model, rng=np.random.default_rng(config.seed))
-    record = measured.to_dict()
-    record["score"], record["scores"] = config.score, [scores[layer] for layer in sorted(scores)]
-    if folder is not None:
-        record["files"] = [str(write_json(folder / "scores.json", record))]
-        errors = measured.standard_errors().tolist() if config.score == "gradient_norm" else None
-        picture = plot_probe_scores(record["scores"], errors, score=config.score)
-        record["files"].append(str(write_bytes(folder / "scores.png", picture)))
-    return record
+
+    def finish() -> dict[str, Any]:
+        scores = layer_scores(config.score, measured, model=model, rng=np.random.default_rng(config.seed))
+        record = measured.to_dict()
+        record["score"], record["scores"] = config.score, [scores[layer] for layer in sorted(scores)]
+        if folder is not None:
+            record["files"] = [str(write_json(folder / "scores.json", record))]
+            errors = measured.standard_errors().tolist() if config.score == "gradient_norm" else None
+            picture = plot_probe_scores(record["scores"], errors, score=config.score)
+            record["files"].append(str(write_bytes(folder / "scores.png", picture)))
+        return record
+
+    return on_main(finish, "scoring")
 
 
 def run_plan(config: RunConfig, say: Say) -> dict[str, Any]:
@@ -94,11 +99,13 @@ def run_plan(config: RunConfig, say: Say) -> dict[str, Any]:
     target = config.output
     if target is not None:
         target = target if target.suffix == ".json" else target / "plan.json"
-        check_writable(target.parent)
+        folder = target.parent
+        on_main(lambda: check_writable(folder), "making the output folder")
     given = _given_plan(config)
     made = _plan(config, say, given, *_model_and_data(config, say))
     if target is not None:
-        made.save(target)
+        file = target
+        on_main(lambda: made.save(file), "writing the plan")
         say(f"wrote {target}")
     return {**made.to_dict(), "text": str(made), "file": None if target is None else str(target)}
 
@@ -117,7 +124,7 @@ def preview_plan(config: RunConfig, say: Say) -> dict[str, Any]:
     unpacked = config.model_copy(update={"quantization": None})
     model = model_from_config(load_model(unpacked, say)[0].config if config.model == EMBEDDED else config.model)
     try:
-        device = _device(config)
+        device = device_of(config)
         if config.tflops is None:
             say(f"measuring the rate of {device}")
         rate = measured_rate(device, _rate_dtype(device)) if config.tflops is None else config.tflops * 1e12
@@ -139,18 +146,25 @@ def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
     """Train the planned adapters and write the adapter folder."""
     if config.output is None:
         raise ConfigError("output is missing: say which folder to write the adapter to, e.g. --output my-adapter.")
-    check_output(config.output)
+    output = config.output
+    on_main(lambda: check_output(output), "looking at the output folder")
     options, given = TrainOptions(**config.subset(TrainOptions)), _given_plan(config)
     model, tokenizer, parts = _model_and_data(config, say)
     made = _plan(config, say, given, model, tokenizer, parts)
     record = train_adapter(
-        model, tokenizer, made, parts.train, config.output, options, model_name=_shown(config, "model"), say=say
+        model, tokenizer, made, parts.train, output, options, model_name=_shown(config, "model"), say=say
     )
-    return {**record, "text": str(made), "output": str(config.output)}
+    return {**record, "text": str(made), "output": str(output)}
 
 
 def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
-    """Compare the selection with uniform LoRA; writes ``compare.json``, plots and a page into the output folder."""
+    """Compare the selection with uniform LoRA; writes ``compare.json``, plots and a page into the output folder.
+
+    Raises:
+        ConfigError: If several processes were launched: arms take turns in one process, on one clock.
+    """
+    if world_size() > 1:
+        raise ConfigError(f"compare runs in one process, but {world_size()} were launched. Start it without a launcher.")
     folder = check_writable(config.output if config.output is not None else Path("aletheia-compare"))
     options = CompareOptions(**{**config.subset(CompareOptions), "controls": tuple(config.controls)})
     given = _given_plan(config)
@@ -186,7 +200,7 @@ def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says of every module that inputs are cast
     say(f"loading {_shown(config, 'model')}")
-    device = _device(config)
+    device = device_of(config)
     if config.model == EMBEDDED:
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         model, tokenizer = load_embedded_model(dtype=dtype, packing=_packing(config, dtype, device))
@@ -234,7 +248,8 @@ def _packing(config: RunConfig, dtype: torch.dtype | None, device: str) -> dict[
     return {"quantization_config": quantization_config(config.quantization, dtype), "device_map": {"": device}}
 
 
-def _device(config: RunConfig) -> str:
+def device_of(config: RunConfig) -> str:
+    """The device that the configuration names, ``auto`` resolved; of several GPUs that of this process is current."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
 
 
@@ -275,8 +290,11 @@ def load_parts(config: RunConfig, tokenizer: Any, say: Say) -> Parts:
 
 
 def _model_and_data(config: RunConfig, say: Say) -> tuple[Any, Any, Parts]:
-    model, tokenizer = load_model(config, say)
-    return model, tokenizer, load_parts(config, tokenizer, say)
+    def load() -> tuple[Any, Any, Parts]:
+        model, tokenizer = load_model(config, say)
+        return model, tokenizer, load_parts(config, tokenizer, say)
+
+    return together(load, "loading the model and the data")
 
 
 def _given_plan(config: RunConfig) -> Plan | None:
@@ -310,7 +328,7 @@ def _plan(config: RunConfig, say: Say, given: Plan | None, model: Any, tokenizer
     found, measured = probe_rows(
         model, parts.probe, options, tokenizer=tokenizer, progress=True, row_lengths=lengths or None
     )
-    return plan_from_probe(found, measured, options, model=model)
+    return on_main(lambda: plan_from_probe(found, measured, options, model=model), "planning")
 
 
 def _plan_options(config: RunConfig) -> PlanOptions:

@@ -20,7 +20,10 @@ from ..adapter import census, shared_copy
 from ..data import TokenizedRows
 from ..errors import ConfigError, DataError, OutputError
 from ..files import check_writable, whole_folder, write_bytes, write_json
+from ..placement import input_device
 from ..planning import Plan
+from ..processes import on_main, together, world_size
+from .engine import whole_adapters
 from .prefix_cache import DTYPE_NAMES, PrefixCacheOptions, check_lowest
 from .random_state import random_state_kept
 from .trainer import SFTTrainer
@@ -35,7 +38,7 @@ class TrainOptions:
     steps: int = 100
     """Optimizer steps."""
     batch_size: int = 4
-    """Rows in a micro-batch."""
+    """Rows in a micro-batch of one process."""
     gradient_accumulation: int = 1
     """Micro-batches in a step."""
     learning_rate: float = 2e-3
@@ -81,8 +84,10 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train the plan's adapters on the rows and write the adapter folder.
 
+    In a ``torch.distributed`` group every process has to call this; process 0 writes the folder.
+
     Args:
-        model: Base model; left as found.
+        model: Base model; left as found, but for ZeRO-3, which takes the weights themselves apart.
         tokenizer: Its tokenizer, saved beside the adapter.
         plan: What to adapt.
         rows: Rows to train on.
@@ -98,18 +103,18 @@ def train_adapter(
         OutputError: If the folder cannot be written or holds files, or the disk is short of room for a prefix cache;
             found out before training.
         PlanError: If a prefix cache is wanted, but the plan adapts layer 0.
-        DataError: If there are fewer rows than a batch.
+        DataError: If there are fewer rows than a batch of all processes.
+        ConfigError, ProcessError: As :class:`SFTTrainer`.
         NonFiniteLossError: If a loss is NaN or infinite; nothing is written then.
     """
-    check_output(output)
+    on_main(lambda: check_output(output), "looking at the output folder")
     if options.prefix_cache:
         check_lowest(plan.selection.lowest)
-    if len(rows) < options.batch_size:
-        raise DataError(
-            f"{len(rows)} rows are fewer than a batch of {options.batch_size}. Add rows or lower batch_size."
-        )
+    needed = options.batch_size * world_size()
+    if len(rows) < needed:
+        raise DataError(f"{len(rows)} rows are fewer than a batch of {needed}. Add rows or lower batch_size.")
     with random_state_kept(), tempfile.TemporaryDirectory() as scratch:
-        args = _arguments(options, scratch, use_cpu=next(model.parameters()).device.type == "cpu")
+        args = _arguments(options, scratch, use_cpu=input_device(model).type == "cpu")
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             trainer = SFTTrainer(
@@ -125,17 +130,22 @@ def train_adapter(
             started = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - started
-            record = _record(plan, options, trainer, seconds, rows, model_name)
-            with whole_folder(output) as folder:
-                trainer.model.save_pretrained(str(folder), save_embedding_layers=False)
-                tokenizer.save_pretrained(str(folder))
-                plan.save(folder / "plan.json")
-                write_json(folder / "record.json", record)
-                write_bytes(folder / "README.md", model_card(plan, record).encode())
+            weights = together(lambda: whole_adapters(trainer.model), "gathering the adapters")
+
+            def write() -> dict[str, Any]:
+                record = _record(plan, options, trainer, seconds, rows, model_name)
+                with whole_folder(output) as folder:
+                    trainer.model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+                    tokenizer.save_pretrained(str(folder))
+                    plan.save(folder / "plan.json")
+                    write_json(folder / "record.json", record)
+                    write_bytes(folder / "README.md", model_card(plan, record).encode())
+                return record
+
+            return on_main(write, "writing the adapter")
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-    return record
 
 
 def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTConfig:
@@ -211,6 +221,11 @@ def _record(
         "dead_adapters": trainer.dead_adapters,
         "slow_adapters": trainer.slow_adapters,
         "padding": trainer.padding_record,
+        "engine": {
+            "name": trainer.engine.name,
+            "num_processes": trainer.engine.num_processes,
+            "limits": trainer.engine_limits,
+        },
         "prefix_cache": trainer.prefix_cache_record,
         "losses": losses,
     }

@@ -19,8 +19,11 @@ from ..data import TokenizedRows, tokenize
 from ..errors import NonFiniteLossError, PlanError
 from ..fast_lora import FastLora
 from ..loss import labelled_loss
+from ..placement import input_device
 from ..planning import Plan
+from ..processes import check_same, digest, gather, is_main, on_any
 from ..quantized import check_gradients_pass, gradients_kept
+from .engine import check_engine, engine_of, in_forward_of, local, sharded_loading
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .truncation import Truncation, backward_depth
 from .unpadded import Unpadded
@@ -42,6 +45,7 @@ class SFTTrainer(trl.SFTTrainer):
     is, no padding, each adapter in one pass forward and one backward. After :meth:`train`, ``lowest_backward_layer``
     says where backward really stopped, ``dead_adapters`` names adapters that got no gradient in the first step,
     ``slow_adapters`` those that run as PEFT runs them, with the reason, and ``padding_record`` what was not computed.
+    ``engine`` says who ran the steps (one process, DDP, FSDP2, ...) and ``engine_limits`` what that took away, and why.
     """
 
     model: Any
@@ -80,10 +84,13 @@ class SFTTrainer(trl.SFTTrainer):
             PlanError: If the plan was made for another model, or adapts layer 0 and a prefix cache is wanted.
             CensusError: If the adapters on the model are not those of the plan.
             DataError: If the rows cannot be tokenized or carry no label.
+            ConfigError: If the trainer would run ``nn.DataParallel`` or FSDP 1.
+            ProcessError: If the processes of a group hold different models, rows or plans.
         """
         if prefix_cache is not None:
             check_lowest(plan.selection.lowest)
-        args = trl.SFTConfig(use_cpu=next(model.parameters()).device.type == "cpu") if args is None else args
+        args = trl.SFTConfig(use_cpu=input_device(model).type == "cpu") if args is None else args
+        check_engine(args, model)
         if "peft_config" in trl_arguments:
             raise PlanError("peft_config was given beside a plan. Leave it out: the plan says what to adapt.")
         if processing_class is None:
@@ -93,9 +100,11 @@ class SFTTrainer(trl.SFTTrainer):
         eval_dataset = (
             None if eval_dataset is None else _dataset(eval_dataset, processing_class, max_length, completion_only)
         )
+        check_same(lambda: _held(model, plan, train_dataset), "Start every process from one plan, model and data.")
         self.plan = plan
         self.lowest_backward_layer: int | None = None
-        self.dead_adapters: list[str] = []
+        self.dead_adapters: list[str] | None = []
+        self.engine_limits: dict[str, str] = {}
         self.slow_adapters: dict[str, str] = {}
         self.padding_record: dict[str, Any] | None = None
         self.prefix_cache = prefix_cache
@@ -106,7 +115,15 @@ class SFTTrainer(trl.SFTTrainer):
             check_census(model, plan.ranks, plan.options.adapter)
         else:
             plan.check_fits(model)
-            model = attach(model, plan.anatomy, plan.ranks, plan.options.adapter, seed=args.seed)
+            zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+            model = attach(
+                model,
+                plan.anatomy,
+                plan.ranks,
+                plan.options.adapter,
+                seed=args.seed,
+                full_precision=not zero3,  # ZeRO-3 gathers weights of one dtype only
+            )
         try:
             with warnings.catch_warnings(), _adapters_in_their_dtype(model):
                 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -119,6 +136,7 @@ class SFTTrainer(trl.SFTTrainer):
                     **trl_arguments,
                 )
             check_census(self.model, plan.ranks, plan.options.adapter)
+            self.engine = engine_of(self.accelerator, self.model)
         except BaseException:
             if not already_attached:
                 model.unload()
@@ -147,21 +165,30 @@ class SFTTrainer(trl.SFTTrainer):
             with backward_depth(self.model.get_base_model()) as reached:
                 loss = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
             self.lowest_backward_layer = min(reached, default=-1)
-            self.dead_adapters = dead_adapters(self.model)
+            self.dead_adapters = self._dead_adapters()
             self._say_if_backward_went_deeper()
         else:
             loss = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if not bool(torch.isfinite(loss)):
+        finite = bool(torch.isfinite(loss))
+        if on_any(not finite):
             raise NonFiniteLossError(
-                f"the loss of step {self.state.global_step + 1} is {float(loss)}; training stopped before the update. "
-                "Lower the learning rate, clip gradients, or look at the rows of that batch."
+                f"the loss of step {self.state.global_step + 1} is {'not finite on another process' if finite else float(loss)}; "
+                "training stopped before the update. Lower the learning rate, clip gradients, or look at the rows of "
+                "that batch."
             )
         return loss
+
+    def _dead_adapters(self) -> list[str] | None:
+        """Adapters without a gradient on any process; None where the engine keeps gradients to itself."""
+        if self.engine.keeps_gradients:
+            return None
+        first, *others = gather(lambda: dead_adapters(self.model), "looking for dead adapters")
+        return [name for name in first if all(name in other for other in others)]
 
     def _say_if_backward_went_deeper(self) -> None:
         """Warn, once, if something makes backward run below the lowest adapted layer."""
         lowest, reached = self.plan.selection.lowest, self.lowest_backward_layer
-        if reached is not None and 0 <= reached < lowest:
+        if reached is not None and 0 <= reached < lowest and is_main():
             warnings.warn(
                 f"backward ran down to layer {reached}, though the lowest adapted layer is {lowest}: something makes "
                 "hidden states below it require gradients (a hook of another library, input gradients for reentrant "
@@ -178,7 +205,6 @@ class SFTTrainer(trl.SFTTrainer):
             and self.label_smoother is None
             and not self.aux_loss_enabled
             and not trl_skips_unlabelled(device)
-            and self.accelerator.num_processes == 1
         )
 
     def compute_loss(
@@ -191,11 +217,18 @@ class SFTTrainer(trl.SFTTrainer):
             )
         mode = "train" if self.model.training else "eval"
         if mode == "train" and "attention_mask" in inputs:
-            self._total_train_tokens += int(inputs["attention_mask"].sum())
+            self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        if self._shortcuts.unpadded is not None:
-            inputs = self._shortcuts.unpadded.batch(model, inputs)
-        return labelled_loss(model, inputs, num_labels=num_items_in_batch)
+
+        def loss_of(inner: Any) -> torch.Tensor:
+            unpadded = self._shortcuts.unpadded
+            batch = inputs if unpadded is None else unpadded.batch(inner, inputs)
+            return labelled_loss(inner, batch, num_labels=num_items_in_batch)
+
+        loss = in_forward_of(model, loss_of)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the engine takes the mean over processes of gradients
+        return loss
 
 
 class _Shortcuts(TrainerCallback):
@@ -212,21 +245,24 @@ class _Shortcuts(TrainerCallback):
             bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant")) and args.gradient_checkpointing
         )
         base_model = self.trainer.model.get_base_model()
-        lowest = self.trainer.plan.selection.lowest
+        lowest, engine = self.trainer.plan.selection.lowest, self.trainer.engine
+        limits = self.trainer.engine_limits = engine.limits(reentrant=reentrant)
+        if "truncation" in limits and is_main():
+            warnings.warn(limits["truncation"], stacklevel=2)
         self.installed.append(Truncation(base_model, lowest, reentrant=reentrant))
         if self.fast_adapters:
             fast = FastLora(self.trainer.model)
             self.installed.append(fast)
             self.trainer.slow_adapters = dict(fast.skipped)
-        reason = None
+        reason = limits.get("padding")
         if any(module.kind == "mixer" for module in self.trainer.plan.anatomy.modules):
             reason = "its mixers carry a state along"
-        elif not self.trainer._computes_the_loss(next(base_model.parameters()).device):
+        elif not self.trainer._computes_the_loss(input_device(base_model)):
             reason = "TRL computes the loss"
         self.unpadded = Unpadded(base_model, unsupported=reason)
         self.installed.append(self.unpadded)
         if self.trainer.prefix_cache is not None:
-            several = self.trainer.accelerator.num_processes * max(args.n_gpu, 1) > 1
+            several = engine.name != "one process" or args.torch_compile
             cache = PrefixCache(
                 base_model,
                 lowest,
@@ -235,20 +271,26 @@ class _Shortcuts(TrainerCallback):
                     self.trainer.train_dataset,
                     state.max_steps * args.train_batch_size * args.gradient_accumulation_steps,
                 ),
-                unsupported="it is made for one process on one device, without torch.compile"
-                if several or args.torch_compile
-                else None,
+                unsupported="it is made for one process on one device, without torch.compile" if several else None,
             )
             self.installed.append(cache)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop before the update if a gradient is NaN or infinite, also under a finite loss."""
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                raise NonFiniteLossError(
-                    f"the gradient of {name} in step {state.global_step + 1} is not finite; training stopped before "
-                    "the update. Lower the learning rate, or look at the rows of that batch."
-                )
+        bad = next(
+            (
+                name
+                for name, parameter in self.trainer.model.named_parameters()
+                if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all())
+            ),
+            None,
+        )
+        if on_any(bad is not None):
+            raise NonFiniteLossError(
+                f"the gradient of {bad or 'a weight on another process'} in step {state.global_step + 1} is not "
+                "finite; training stopped before the update. Lower the learning rate, or look at the rows of that "
+                "batch."
+            )
 
     def remove(self) -> None:
         """Put the model back as TRL expects it."""
@@ -277,3 +319,11 @@ def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only:
     if isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names):
         return rows
     return tokenize(rows, tokenizer, max_length=max_length or sys.maxsize, completion_only=completion_only).to_dataset()
+
+
+def _held(model: torch.nn.Module, plan: Plan, rows: Dataset) -> dict[str, object]:
+    """What every process has to hold alike, in digests: the weights, the plan, and some rows of the data."""
+    spread = range(0, len(rows), max(len(rows) // 64, 1))
+    ids = [("row", torch.tensor(rows[index]["input_ids"])) for index in spread]
+    weights = "loaded by process 0" if sharded_loading() else digest(model.named_parameters(), most=64)
+    return {"plan": str(plan.ranks), "number of rows": len(rows), "rows": digest(ids), "weights": weights}
