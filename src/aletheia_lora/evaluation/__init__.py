@@ -1,0 +1,1 @@
+"""Scores of a model and its adapters on standard tasks, kept item by item."""
