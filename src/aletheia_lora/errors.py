@@ -8,6 +8,7 @@ classes below are for what a caller may want to tell apart::
     ├── DataError               rows that cannot be read, tokenized or supervised
     ├── ProbeError              a measurement that cannot be trusted (a NaN, no labels, no gradient)
     ├── PlanError               a plan that does not fit the model, or ranks that do not fit the weights
+    ├── AdapterError            an adapter folder that is broken, or belongs to another model
     ├── CensusError             the adapters found on the model are not the adapters of the plan
     ├── NonFiniteLossError      training met a NaN or infinite loss and stopped before the update
     ├── OutputError             a file or folder cannot be written
@@ -38,6 +39,10 @@ class ProbeError(AletheiaError, ArithmeticError):
 
 class PlanError(AletheiaError, ValueError):
     """A plan, selection or rank that does not fit the model."""
+
+
+class AdapterError(AletheiaError, ValueError):
+    """An adapter folder that cannot be read, or does not belong to the model."""
 
 
 class CensusError(AletheiaError, RuntimeError):
