@@ -11,6 +11,7 @@ classes below are for what a caller may want to tell apart::
     ├── AdapterError            an adapter folder that is broken, or belongs to another model
     ├── CensusError             the adapters found on the model are not the adapters of the plan
     ├── NonFiniteLossError      training met a NaN or infinite loss and stopped before the update
+    ├── SandboxError            generated code cannot be contained here, so none of it is run
     ├── OutputError             a file or folder cannot be written
     └── ConfigError             an unknown or ill-typed key in a configuration file or flag
 """
@@ -51,6 +52,10 @@ class CensusError(AletheiaError, RuntimeError):
 
 class NonFiniteLossError(AletheiaError, ArithmeticError):
     """A training loss that is NaN or infinite; no update was made from it."""
+
+
+class SandboxError(AletheiaError, RuntimeError):
+    """Generated code cannot be contained on this machine; it is not run."""
 
 
 class OutputError(AletheiaError, OSError):

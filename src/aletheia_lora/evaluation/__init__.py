@@ -1,1 +1,1 @@
-"""Scores of a model and its adapters on standard tasks, kept item by item."""
+"""A model and tasks -> what it answers, and what the answers are worth."""
