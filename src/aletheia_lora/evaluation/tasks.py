@@ -50,7 +50,7 @@ SOURCES = {
     "mmlu": Source("mmlu", ("question", "subject", "choices", "answer"), config_column="subject"),
     "openai_humaneval": Source("humaneval", ("task_id", "prompt", "test", "entry_point")),
     "mbpp": Source("mbpp", ("task_id", "text", "code", "test_list")),
-    "wikitext_document_level": Source("wikitext2", ("page",), stands_in={"test": "validation"}),
+    "wikitext_document_level": Source("wikitext2", ("page",), stands_in={"test": "validation", "train": "validation"}),
 }
 """Last part of a data set's name on the hub -> its source; another one lies in a folder of that name."""
 
@@ -77,7 +77,7 @@ class LoadedTasks:
 
 
 def load_tasks(
-    names: Sequence[str], *, data_dir: Path | None = None, num_fewshot: int | None = None, fewshot_seed: int = 1234
+    names: Sequence[str], *, data_dir: Path | None = None, num_fewshot: int | None = None
 ) -> LoadedTasks:
     """Load tasks and groups of the harness by name.
 
@@ -85,7 +85,6 @@ def load_tasks(
         names: Tasks or groups of lm-evaluation-harness.
         data_dir: Folder with one folder a data set (``gsm8k/test.jsonl``, ...); None: the hub.
         num_fewshot: Worked examples in a prompt; None: as the task says.
-        fewshot_seed: Seed of the choice of examples.
 
     Raises:
         ConfigError: If a name is unknown (the nearest is named), given twice, or its metric is not supported.
@@ -109,7 +108,7 @@ def load_tasks(
         raise DataError(f"cannot load {', '.join(names)}: {reason}. {advice}") from error
     tasks = dict(sorted(loaded["tasks"].items()))
     for name, task in tasks.items():
-        _set_fewshot(task, num_fewshot, fewshot_seed)
+        _set_fewshot(task, num_fewshot)
         _check_metrics(name, task)
     return LoadedTasks(
         tasks=tasks,
@@ -138,12 +137,11 @@ def _leaves(group: Any) -> tuple[str, ...]:
     return tuple(sorted(task.task_name for task in group.get_all_tasks()))
 
 
-def _set_fewshot(task: Any, num_fewshot: int | None, seed: int) -> None:
+def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
     """As the harness does: a task that says 0 keeps it."""
     default = task.get_config("num_fewshot")
     if default is None or (num_fewshot is not None and default != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    task.set_fewshot_seed(seed=seed)
 
 
 def _check_metrics(name: str, task: Any) -> None:
