@@ -47,7 +47,7 @@ def byte_model(*, max_length: int = 1024, seed: int = 0, scale: float = 0.2) -> 
 
 def write_rows(folder: Path) -> Path:
     """A folder as ``data_dir`` expects it: a few rows of each data set, in its columns."""
-    sums = [{"question": f"What is {n} + {n}?", "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"} for n in range(12)]
+    sums = [{"question": f"What is {n} + {n}?", "answer": f"{n}+{n}={2 * n}\n#### {2 * n}"} for n in range(12)]
     _write(folder / "gsm8k" / "train.jsonl", sums[:8])
     _write(folder / "gsm8k" / "test.jsonl", sums[8:])
     for split, count in (("dev", 5), ("test", 3)):
@@ -65,7 +65,7 @@ def write_rows(folder: Path) -> Path:
         "entry_point": "double",
     }
     _write(folder / "humaneval" / "test.jsonl", [problem, {**problem, "task_id": "HumanEval/1"}])
-    pages = "\n = One = \n \n A first text . \n \n = = Part = = \n \n More of it . \n \n = Two = \n \n Another , longer text . \n"
+    pages = "\n = One = \n \n A first text . \n \n = = Part = = \n \n More . \n \n = Two = \n \n Another , longer . \n"
     (folder / "wikitext2").mkdir(parents=True)
     (folder / "wikitext2" / "valid.raw.txt").write_text(pages)
     return folder

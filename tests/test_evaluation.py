@@ -54,9 +54,10 @@ def adapter(tmp_path_factory):
 def save_adapter(folder, *, base="tiny", seed=1):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = get_peft_model(byte_model(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        model = get_peft_model(byte_model(), config)
     model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 
 
@@ -168,7 +169,8 @@ def test_generated_texts_equal_the_harness_where_rows_stop_at_different_times(bo
     free = theirs.generate_until(requests("generate_until", ("abc", {"max_gen_toks": 40})), disable_tqdm=True)[0]
     prompts = ["abc", "a longer prompt than that", "x", "y" * 80, "something else"]
     stops = [free[4:6], "q"]
-    asked = requests("generate_until", *((p, {"until": stops, "max_gen_toks": 40, "do_sample": False}) for p in prompts))
+    arguments = {"until": stops, "max_gen_toks": 40, "do_sample": False}
+    asked = requests("generate_until", *((prompt, arguments) for prompt in prompts))
     with quiet():
         expected, found = (lm.generate_until(asked, disable_tqdm=True) for lm in (theirs, ours))
         own_loop, ours._own_loop = ours._own_loop, False
@@ -254,7 +256,7 @@ def test_items_come_back_as_they_were_written_and_broken_lines_are_refused(done,
     with pytest.raises(DataError, match="repeats base / "):
         read_items(write_items(file, [items[0], items[0]]))
     file.write_text('{"label": "base"}\n')
-    with pytest.raises(DataError, match="row 1 of .*missing or unknown"):
+    with pytest.raises(DataError, match=r"row 1 of .*missing or unknown"):
         read_items(file)
     with pytest.raises(DataError, match="expected a finite number"):
         ItemResult(**{**vars(items[0]), "scores": {"acc": float("nan")}})
@@ -358,7 +360,8 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_asked(gsm8k, a
     marked = shutil.copytree(adapter, tmp_path / "marked")
     (marked / "record.json").write_text('{"fingerprint": "0123"}')
     assert "fingerprint 0123" in error_of(marked, model_names=["tiny"])
-    assert "is given twice" in str(pytest.raises(AdapterError, labels, [adapter, adapter]).value)
+    with pytest.raises(AdapterError, match="is given twice"):
+        labels([adapter, adapter])
     assert not list(tmp_path.glob("answers/*/*.json"))
 
 
@@ -406,7 +409,7 @@ def test_what_cannot_be_asked_is_refused(rows, changes, error, message):
 
 @pytest.mark.slow
 def test_an_unknown_task_is_answered_with_the_nearest_name(rows):
-    with pytest.raises(ConfigError, match="unknown task 'gsm8'. Did you mean 'gsm8k'"):
+    with pytest.raises(ConfigError, match=r"unknown task 'gsm8'. Did you mean 'gsm8k'"):
         load_tasks(("gsm8",), data_dir=rows)
 
 
@@ -440,7 +443,8 @@ def test_a_missing_chat_template_is_said_and_a_given_one_is_used(rows, tmp_path)
     tokenizer.chat_template = TEMPLATE
     record = evaluate(byte_model(), tokenizer, chat, tmp_path / "chat")
     plain = evaluate(byte_model(), tokenizer, prepare(options(rows, tasks=("mmlu_anatomy",))), tmp_path / "plain")
-    prompts = [{item.prompt_sha256 for item in read_items(tmp_path / name / "items.jsonl")} for name in ("chat", "plain")]
+    items = [read_items(tmp_path / name / "items.jsonl") for name in ("chat", "plain")]
+    prompts = [{item.prompt_sha256 for item in some} for some in items]
     assert record["options"]["chat_template"] and not plain["options"]["chat_template"]
     assert len(prompts[0]) == 3 and not prompts[0] & prompts[1]
 

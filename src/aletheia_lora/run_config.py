@@ -121,7 +121,7 @@ class RunConfig(BaseModel):
     tasks: list[str] = Field([], description="Tasks of lm-evaluation-harness, e.g. gsm8k,mmlu,humaneval,wikitext.")
     data_dir: Path | None = Field(None, description="Folder with the tasks' rows, so that no network is needed.")
     limit: int | None = Field(None, ge=1, description="First items of each task; all if left out.")
-    num_fewshot: int | None = Field(None, ge=0, description="Worked examples in a prompt; as the task says if left out.")
+    num_fewshot: int | None = Field(None, ge=0, description="Worked examples in a prompt, if the task has any.")
     fewshot_seed: int = Field(1234, ge=0, description="Seed of the choice of worked examples.")
     eval_batch_size: int = Field(8, ge=1, description="Prompts read at once.")
     max_new_tokens: int | None = Field(None, ge=1, description="Tokens generated at most, where a task allows more.")

@@ -1,7 +1,7 @@
 """An adapter folder and a model -> a twin of the model that carries the adapter, proven to be the one in the folder.
 
-Comes in: a loaded base model and folders that PEFT wrote. Goes out: digests, and twins over the base model's weights. An
-adapter of another base model is refused: it would load without a word where shapes agree.
+Comes in: a loaded base model and folders that PEFT wrote. Goes out: digests, and twins over the base model's weights.
+An adapter of another base model is refused: it would load without a word where shapes agree.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def with_adapter(model: Any, folder: Path) -> Iterator[Any]:
                     f"adapter {folder.name!r} does not fit this model: {reason} Give its own base model."
                 ) from error
             if peft_model.active_peft_config.is_prompt_learning:
-                raise AdapterError(f"adapter {folder.name!r} learns a prompt, expected one that changes weights (LoRA).")
+                raise AdapterError(f"adapter {folder.name!r} learns a prompt, expected one of weights, such as LoRA.")
             _check_loaded(peft_model, folder)
         yield twin.eval()
     finally:

@@ -44,7 +44,8 @@ HARMLESS = {
     "temperature", "top_p", "top_k", "min_p", "typical_p", "max_length", "max_new_tokens", "use_cache",
     "cache_implementation", "trust_remote_code", "_from_model_config",
 }  # fmt: skip
-"""Defaults of a model's generation that do not change what greedy decoding says; with others, ``generate`` runs."""
+"""Defaults of a model's generation that do not change what greedy decoding says; with others that are on (penalties,
+say), the model's own ``generate`` runs."""
 
 Pair = tuple[list[int], list[int]]
 """Tokens of a context, and of the continuation to score."""
@@ -89,8 +90,9 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         self._own_cache = "past_key_values" in inspect.signature(model.forward).parameters and not getattr(
             model, "_is_stateful", False
         )
-        changed = set(model.generation_config.to_diff_dict()) if model.generation_config is not None else set()
-        self._own_loop = self._own_cache and not changed - HARMLESS
+        defaults = model.generation_config.to_diff_dict() if model.generation_config is not None else {}
+        changed = {name for name, value in defaults.items() if value not in (None, False, 0, 1)} - HARMLESS
+        self._own_loop = self._own_cache and not changed
 
     # --- item by item -------------------------------------------------------------------------------------------
 
@@ -292,7 +294,8 @@ class LanguageModel(HFLM):  # type: ignore[misc]
             )
         ids = self.tok_encode(prompt)
         room = self.max_length - length
-        until = handle_stop_sequences(wanted["until"], eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False))
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(wanted["until"], eos=eos)
         return Row(index, ids[-room:], [stop for stop in until if stop], length, prompt_truncated=len(ids) > room)
 
     def _generated(self, rows: list[Row]) -> Iterator[tuple[int, Answer]]:
@@ -342,7 +345,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         ids_BT, mask_BT = self._left_padded([row.ids for row in rows])
 
         class Stop(StoppingCriteria):  # type: ignore[misc]
-            def __call__(stop, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: N805
+            def __call__(stop, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
                 for row, token in zip(rows, input_ids[:, -1].tolist(), strict=True):
                     if not row.stop_reason:
                         self._take(row, token)

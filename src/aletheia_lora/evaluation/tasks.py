@@ -252,7 +252,7 @@ class _Judged:
     def compute(self, **_inputs: Any) -> tuple[dict[str, float], dict[str, Any]]:
         """Answers the trial that a task makes while it is loaded, and refuses everything later."""
         if not self.loading:
-            raise ConfigError("a program was about to run outside the sandbox. Use `aletheia eval` for tasks with code.")
+            raise ConfigError("a program was about to run outside the sandbox. Use `aletheia eval` for such a task.")
         return {"pass@1": 0.0}, {}
 
 
