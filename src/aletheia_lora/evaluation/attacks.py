@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 X86_64 = platform.machine() == "x86_64"
 CLONE_NEWUSER = 0x10000000
@@ -27,21 +28,26 @@ def read_files(path: str) -> str:
 
 
 def write_files(folder: str) -> str:
-    """Write somewhere else than the box's own temporary folders, or link to there."""
+    """Write somewhere else than the box's own temporary folders, link from there, or change rights."""
     got = []
     for place in (folder, "/", "/usr", "/usr/bin", "/dev", "/etc", sys.prefix, os.path.dirname(sys.executable)):
-        with contextlib.suppress(OSError), open(os.path.join(place, "written"), "w"):
+        path = os.path.join(place, f"written-{os.getpid()}")
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             got.append(place)
+            os.unlink(path)
     with contextlib.suppress(OSError):
-        os.link(sys.executable, os.path.join("/tmp", "link"))
+        link = f"/tmp/link-{os.getpid()}"
+        os.link(sys.executable, link)
         got.append("hard link")
+        os.unlink(link)
     with contextlib.suppress(OSError):
-        os.chmod(sys.executable, 0o777)
-        got.append("chmod")
+        os.chmod(sys.executable, os.stat(sys.executable).st_mode)  # succeeds where another mode would, too
+        got.append("rights")
     return " ".join(got)
 
 
-def read_secrets(known: list) -> str:
+def read_secrets(known: list[str]) -> str:
     """Find variables of another environment, in ours or in that of a process above."""
     got = sorted(set(os.environ) - set(known))
     for pid in ("1", "self", str(os.getppid())):
@@ -63,7 +69,7 @@ def find_descriptors(known: int) -> str:
 def connect(port: int, path: str) -> str:
     """Reach a listener outside, by every family of sockets, or have a name looked up."""
     got = []
-    targets = [
+    targets: list[tuple[str, int, int, Any]] = [
         ("tcp", socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", port)),
         ("udp", socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", port)),
         ("unix", socket.AF_UNIX, socket.SOCK_STREAM, path),
@@ -87,14 +93,13 @@ def connect(port: int, path: str) -> str:
 def call_kernel(_: int) -> str:
     """Make the system calls that lead to privileges, to other processes, or to memory that nothing counts."""
     libc = ctypes.CDLL(None, use_errno=True)
-    calls = {
+    calls: dict[str, tuple[Any, ...]] = {
         "user namespace": ((272, 97), CLONE_NEWUSER),
         "cloned namespace": ((56, 220), CLONE_NEWUSER | 17, 0, 0, 0, 0),
         "mount": ((165, 40), b"none", b"/tmp", b"tmpfs", 0, 0),
         "ptrace": ((101, 117), 16, os.getppid(), 0, 0),
         "other memory": ((310, 270), os.getppid(), 0, 0, 0, 0, 0),
         "keyring": ((250, 219), 0, -3, 0),  # the id of the session's keyring
-        "new key": ((248, 217), b"user", b"name", b"value", 5, -3),
         "shared memory": ((29, 194), 0, 4096, 0o1600),
         "memory file": ((319, 279), b"name", 0),
         "io_uring": ((425, 425), 1, 0),
@@ -106,12 +111,14 @@ def call_kernel(_: int) -> str:
         answer = libc.syscall(numbers[0] if X86_64 else numbers[1], *arguments)
         if answer == 0 and name == "cloned namespace":
             os._exit(0)  # the child
+        if answer != -1 and name == "shared memory":
+            libc.syscall(31 if X86_64 else 195, answer, 0, 0)  # remove it again
         if answer != -1 or ctypes.get_errno() not in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
             got.append(name)
     return " ".join(got)
 
 
-def raise_limits(limits: dict) -> str:
+def raise_limits(limits: dict[str, int]) -> str:
     """Have no limit, or lift it."""
     got = []
     for name, most in limits.items():
@@ -152,13 +159,17 @@ def allocate(most: int) -> int:
 
 
 def fill(folder: str, most: int) -> int:
-    """Bytes written into files of a folder, up to ``most``."""
-    written = 0
+    """Bytes written into files of a folder at one time, up to ``most``; they are removed again."""
+    written, paths = 0, []
     for number in range(64):
-        with contextlib.suppress(OSError), open(f"{folder}/{number}", "wb", buffering=0) as stream:
+        path = f"{folder}/fill-{os.getpid()}-{number}"
+        with contextlib.suppress(OSError), open(path, "wb", buffering=0) as stream:
+            paths.append(path)
             for _ in range(16):
                 if written < most:
                     written += stream.write(bytes(2**20))
+    for path in paths:
+        os.unlink(path)
     return written
 
 

@@ -227,7 +227,14 @@ def box_argv(bwrap: Path, interpreter: Interpreter, limits: Limits, filter_fd: i
     """
     argv: list[str] = []
     if os.geteuid() == 0:
-        argv += ["/usr/bin/setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all", "--"]
+        argv += [
+            "/usr/bin/setpriv",
+            f"--reuid={NOBODY}",
+            f"--regid={NOBODY}",
+            "--clear-groups",
+            "--inh-caps=-all",
+            "--",
+        ]
     argv += [str(bwrap), "--unshare-all", "--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
     argv += ["--die-with-parent", "--new-session", "--hostname", "box", "--cap-drop", "ALL", "--clearenv"]
     for name, value in ENVIRONMENT.items():

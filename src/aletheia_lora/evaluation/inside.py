@@ -125,7 +125,8 @@ def failure(error: BaseException) -> dict[str, str]:
 
 def standard_error(error: BaseException) -> str:
     """The name of the built-in exception that ``error`` is, or is derived from."""
-    return next(kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
+    names = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
+    return names[0]
 
 
 def run_candidate(requests: BinaryIO, replies: BinaryIO) -> None:
@@ -254,7 +255,9 @@ def split_outcome(task: dict[str, Any], candidate: Candidate) -> dict[str, str]:
     except BaseException as error:
         if candidate.end is None:
             own = error is not candidate.raised
-            return {"outcome": "wrong", "detail": described(error)} if own else {"outcome": "raised", "detail": str(error)}
+            return (
+                {"outcome": "wrong", "detail": described(error)} if own else {"outcome": "raised", "detail": str(error)}
+            )
     return candidate.end or {"outcome": "passed", "detail": ""}
 
 
@@ -293,7 +296,9 @@ def main() -> None:
     start = json.loads(sys.argv.pop())
     sys.path.remove("")
     set_limits(start["limits"])
-    pipes = [open(number, mode) for number, mode in zip(start["pipes"], ("rb", "wb", "rb", "wb"), strict=False)]  # noqa: SIM115
+    pipes: list[Any] = [
+        open(number, mode) for number, mode in zip(start["pipes"], ("rb", "wb", "rb", "wb"), strict=False)
+    ]  # noqa: SIM115
     if start["role"] == "candidate":
         run_candidate(*pipes)
     else:

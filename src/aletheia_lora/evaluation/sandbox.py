@@ -15,12 +15,13 @@ import os
 import secrets
 import selectors
 import signal
+import subprocess
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import DataError, SandboxError
 from .box import INSTALL, Box, Limits, find_bwrap, find_interpreter, memory_file
@@ -99,6 +100,16 @@ class Sandbox:
         self.checked = attack(self._run, self.limits)
         return self.checked
 
+    def describe(self) -> dict[str, Any]:
+        """What a record needs to say of this sandbox: versions, limits, and what :meth:`check_self` found."""
+        return {
+            "bwrap": _version(self.bwrap),
+            "interpreter": _version(self.interpreter.executable),
+            "mode": self.mode,
+            "limits": asdict(self.limits),
+            "checked": self.checked,
+        }
+
     def run(self, problem: CodeProblem, completion: str) -> Verdict:
         """Test one program: the problem's prompt, continued by ``completion``.
 
@@ -149,12 +160,15 @@ class Sandbox:
         )
 
 
+def _version(program: Path) -> str:
+    """What the program answers to ``--version``."""
+    return subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+
+
 class _Run:
     """The boxes of one run, the pipes between them, and what has come out so far."""
 
-    def __init__(
-        self, sandbox: Sandbox, problem: CodeProblem, completion: str, mode: Mode, limits: Limits
-    ) -> None:
+    def __init__(self, sandbox: Sandbox, problem: CodeProblem, completion: str, mode: Mode, limits: Limits) -> None:
         self.mode, self.limits = mode, limits
         self.nonce = secrets.token_hex(16)
         self.results = b""
@@ -201,10 +215,13 @@ class _Run:
                 selector.register(box.output_fd, selectors.EVENT_READ, box)
             while True:
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
+                ready = ready or selector.select(0)  # if this process was stopped meanwhile, what came counts
                 heard = False
                 for key, _ in ready:
                     if key.data is None:
-                        heard = self._hear()
+                        chunk = os.read(self.results_fd, RESULT_BYTES)
+                        self.results += chunk
+                        self.silent, heard = not chunk, True
                     elif not key.data.read_output():
                         selector.unregister(key.fd)
                 if heard and (outcome := self._verdict()):
@@ -214,18 +231,11 @@ class _Run:
                 if time.monotonic() >= deadline and not heard:
                     return self._unfinished("time", f"over {self.limits.wall_seconds:g} s by the clock")
 
-    def _hear(self) -> bool:
-        """Read what the checker has written; always True, for what was read may be the end."""
-        chunk = os.read(self.results_fd, RESULT_BYTES)
-        self.results += chunk
-        self.silent = not chunk
-        return True
-
     def _verdict(self) -> tuple[str, str] | None:
         """The checker's verdict: its second line. None while that line is not there yet."""
-        first, *lines = self.results.split(b"\n", 2)
-        if len(lines) == 2:
-            reason, detail = self._believed(lines[0])
+        lines = self.results.split(b"\n", 2)
+        if len(lines) == 3:
+            reason, detail = self._believed(lines[1])
             return self._ended(self.program, detail) if reason == "died" else (reason, detail)
         if self.silent or len(self.results) > RESULT_BYTES:
             who = "the checker" if self.mode == "split" else "it"

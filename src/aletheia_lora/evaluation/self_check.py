@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ class Canaries:
 
     folder: str
     file: str
-    socket: str
+    socket_path: str
     port: int
     marker: str
     """An argument of a process that is left behind."""
@@ -59,14 +60,12 @@ class Canaries:
     def touched(self) -> str:
         """What was done to them, as seen from outside; empty where nothing was."""
         found = [name for name in os.listdir(self.folder) if name not in self._own()]
-        for listener in self.listeners:
-            with contextlib.suppress(BlockingIOError):
-                (listener.accept if listener.type == socket.SOCK_STREAM else lambda: listener.recv(1))()
-                found.append(f"a byte or a connection at {listener.getsockname()}")
+        reached, _, _ = select.select(self.listeners, [], [], 0)
+        found += [f"a byte or a connection came to {listener.getsockname()!r}" for listener in reached]
         return ", ".join([*found, *processes_with(self.marker)])
 
     def _own(self) -> set[str]:
-        return {os.path.basename(self.file), os.path.basename(self.socket)}
+        return {os.path.basename(self.file), os.path.basename(self.socket_path)}
 
 
 @contextlib.contextmanager
@@ -134,7 +133,7 @@ def attacks(canaries: Canaries, limits: Limits) -> dict[str, Attack]:
         "files outside are written": Attack("write_files", (canaries.folder,), nothing),
         "the environment is read": Attack("read_secrets", ([*ENVIRONMENT, "PWD"],), nothing),
         "descriptors are inherited": Attack("find_descriptors", (5,), nothing),
-        "the network is reached": Attack("connect", (canaries.port, canaries.socket), nothing),
+        "the network is reached": Attack("connect", (canaries.port, canaries.socket_path), nothing),
         "the kernel gives rights": Attack("call_kernel", (0,), nothing),
         "limits are lifted": Attack("raise_limits", (process_limits(limits),), nothing),
         "processes": Attack("fork", (4 * limits.num_processes,), f"got < {limits.num_processes}"),
@@ -177,7 +176,7 @@ def attack(run: RunProgram, limits: Limits) -> dict[str, str]:
         tried = attacks(canaries, limits)
         outcomes = pool.map(lambda one: run(one.problem(), program, limits), tried.values())
         for (name, one), outcome in zip(tried.items(), outcomes, strict=True):
-            ended[name] = f"ended: {outcome.reason}" if one.end else "refused"
+            ended[name] = f"ended: {outcome.reason}" if one.end else "held"
             if not (outcome.reason == one.end if one.end else outcome.passed):
                 missed.append(f"{name} ({outcome.reason}: {outcome.detail})")
         if touched := canaries.touched():
