@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import select
 import shutil
 import signal
 import struct
@@ -48,7 +49,7 @@ class Limits:
     cpu_seconds: int = 5
     """Of each process."""
     wall_seconds: float = 15.0
-    """Of the whole run. Wider than the processor time, so that a busy machine changes no verdict."""
+    """Of the program and its test. Wider than the processor time, so that a busy machine changes no verdict."""
     memory_bytes: int = 512 * 2**20
     """Address space of each process; a box can hold ``num_processes`` times as much, and the two folders below."""
     num_processes: int = 8
@@ -274,7 +275,9 @@ class Box:
             "pipes": pipes,
             "limits": process_limits(limits),
         }
-        filter_fd = memory_file(system_call_filter())
+        filter_fd = os.memfd_create("filter")
+        os.write(filter_fd, system_call_filter())
+        os.lseek(filter_fd, 0, os.SEEK_SET)
         self.output_fd, output = os.pipe()
         try:
             self.process = subprocess.Popen(
@@ -293,6 +296,8 @@ class Box:
             os.close(filter_fd)
             os.close(output)
         os.set_blocking(self.output_fd, False)
+        self.first_fd = -1
+        """The box's first process, once :meth:`hold` has it."""
         self.tail = b""
         """The end of what was printed."""
         self.num_printed = 0
@@ -314,34 +319,36 @@ class Box:
             return self.process.wait(wait_seconds)
         return None
 
-    def close(self) -> None:
-        """End every process of the box, read the rest of the output, and return when all of them are gone.
+    def hold(self) -> None:
+        """Take hold of the box's first process, to be called before anything untrusted runs in it.
 
-        The box's first process is the one to kill: it is gone only when all others of its namespace are, and
-        bubblewrap outside waits for it.
+        That process ends only after all others of its namespace, so its end is theirs. Bubblewrap outside is no such
+        sign: it leaves as soon as the program has, and the kernel clears up after it.
+
+        Raises:
+            SandboxError: If the kernel does not tell which process it is.
         """
+        pid = self.process.pid
+        try:
+            (first,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            self.first_fd = os.pidfd_open(int(first))
+        except (OSError, ValueError) as error:
+            raise SandboxError(
+                f"the first process of a box cannot be found: {error}. A kernel with CONFIG_PROC_CHILDREN is needed."
+            ) from error
+
+    def close(self) -> None:
+        """End every process of the box, read the rest of the output, and return when all of them are gone."""
         if self.output_fd < 0:
             return
-        if self.process.poll() is None:
-            for pid in self._first_inside() or [self.process.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.process.wait()
+        if self.first_fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.first_fd, signal.SIGKILL)
+            select.select([self.first_fd], [], [])
+            os.close(self.first_fd)
+        else:
+            self.process.kill()
+        self.process.wait()
         self.read_output()  # a pipe holds no more than this
         os.close(self.output_fd)
         self.output_fd = -1
-
-    def _first_inside(self) -> list[int]:
-        """The process that bubblewrap waits for; empty where the kernel does not tell, or there is none yet."""
-        pid = self.process.pid
-        with contextlib.suppress(OSError):
-            return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        return []
-
-
-def memory_file(content: bytes) -> int:
-    """A descriptor from which a box can read ``content``; unlike a pipe it takes any amount at once."""
-    descriptor = os.memfd_create("content")
-    os.write(descriptor, content)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor

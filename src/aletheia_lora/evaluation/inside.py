@@ -125,7 +125,7 @@ def failure(error: BaseException) -> dict[str, str]:
 
 def standard_error(error: BaseException) -> str:
     """The name of the built-in exception that ``error`` is, or is derived from."""
-    names = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
+    names: list[str] = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
     return names[0]
 
 
@@ -296,18 +296,17 @@ def main() -> None:
     start = json.loads(sys.argv.pop())
     sys.path.remove("")
     set_limits(start["limits"])
-    pipes: list[Any] = [
-        open(number, mode) for number, mode in zip(start["pipes"], ("rb", "wb", "rb", "wb"), strict=False)
-    ]  # noqa: SIM115
+    modes = ("rb", "wb", "rb", "wb")
+    pipes: list[Any] = [os.fdopen(number, mode) for number, mode in zip(start["pipes"], modes, strict=False)]
     if start["role"] == "candidate":
         run_candidate(*pipes)
     else:
         orders, results, *rest = pipes
+        if rest and receive(rest[0]) != {"ready": True}:
+            os._exit(1)  # the other box could not be made
+        send(results, {"started": True})  # nothing of the program has run yet; it comes with the task
         task = json.loads(orders.read())
         orders.close()
-        if rest and receive(rest[0]) != {"ready": True}:
-            os._exit(1)  # the other box could not be made; nothing of the program has run
-        send(results, {"started": True})
         outcome = split_outcome(task, Candidate(rest[1], rest[0])) if rest else shared_outcome(task)
         send(results, {"nonce": task["nonce"], **outcome})
     os._exit(0)  # threads and exit handlers of the program have nothing left to do

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, SandboxError
-from .box import INSTALL, Box, Limits, find_bwrap, find_interpreter, memory_file
+from .box import INSTALL, Box, Limits, find_bwrap, find_interpreter
 from .code_problem import CodeProblem
 from .self_check import attack
 
@@ -45,6 +45,7 @@ REASONS = {
     "killed": "the program was killed, by a fault of its own or for memory",
     "broken_reply": "what came back was no answer to a call",
 }
+START_SECONDS = 60.0  # for two boxes, on a machine that has much else to do
 RESULT_BYTES = 64 * 1024  # a checker says less
 
 
@@ -147,7 +148,7 @@ class Sandbox:
     def _one_run(self, problem: CodeProblem, completion: str, mode: Mode, limits: Limits) -> Verdict:
         started = time.monotonic()
         with contextlib.closing(_Run(self, problem, completion, mode, limits)) as run:
-            reason, detail = run.outcome(started + limits.wall_seconds)
+            reason, detail = run.outcome()
         if reason == "broken_problem":
             raise DataError(f"problem {problem.task_id}: its own prompt or setup fails: {detail}.")
         return Verdict(
@@ -176,7 +177,7 @@ class _Run:
         """Whether the checker's pipe is at its end."""
         self.boxes: list[Box] = []
         """The checker's, and in split mode the program's."""
-        task = {
+        self.task = {
             "nonce": self.nonce,
             "source": f"{problem.prompt}{completion}",
             "prompt": problem.prompt,
@@ -184,7 +185,7 @@ class _Run:
             "test": problem.test,
             "entry_points": problem.entry_points,
         }
-        orders = memory_file(json.dumps(task).encode())
+        orders, self.orders_fd = os.pipe()
         self.results_fd, results = os.pipe()
         pipes = [orders, results]
         if mode == "split":
@@ -207,8 +208,12 @@ class _Run:
         """The box that the program is in."""
         return self.boxes[-1]
 
-    def outcome(self, deadline: float) -> tuple[str, str]:
-        """Reason and detail: what the checker says, or what ended the run before it said anything."""
+    def outcome(self) -> tuple[str, str]:
+        """Reason and detail: what the checker says, or what ended the run before it said anything.
+
+        The program's time begins when the boxes are there, however long a busy machine takes to make them.
+        """
+        deadline = time.monotonic() + START_SECONDS
         with selectors.DefaultSelector() as selector:
             selector.register(self.results_fd, selectors.EVENT_READ)
             for box in self.boxes:
@@ -220,6 +225,9 @@ class _Run:
                 for key, _ in ready:
                     if key.data is None:
                         chunk = os.read(self.results_fd, RESULT_BYTES)
+                        if not self.results and chunk:
+                            self._begin()
+                            deadline = time.monotonic() + self.limits.wall_seconds
                         self.results += chunk
                         self.silent, heard = not chunk, True
                     elif not key.data.read_output():
@@ -229,7 +237,15 @@ class _Run:
                 if self.program.num_printed > self.limits.output_bytes:
                     return "output", f"over {self.limits.output_bytes} bytes"
                 if time.monotonic() >= deadline and not heard:
-                    return self._unfinished("time", f"over {self.limits.wall_seconds:g} s by the clock")
+                    return self._unfinished("time", "too long by the clock")
+
+    def _begin(self) -> None:
+        """The boxes are there: give the checker its task, and with it the program."""
+        for box in self.boxes:
+            box.hold()
+        with contextlib.suppress(BrokenPipeError), open(self.orders_fd, "wb") as orders:  # its end will be heard
+            self.orders_fd = -1
+            orders.write(json.dumps(self.task).encode())
 
     def _verdict(self) -> tuple[str, str] | None:
         """The checker's verdict: its second line. None while that line is not there yet."""
@@ -275,8 +291,9 @@ class _Run:
 
     def close(self) -> None:
         """End all boxes, and with them every process in them."""
-        for box in self.boxes:
+        for box in reversed(self.boxes):  # the checker's last, so that the other does not see it go
             box.close()
-        if self.results_fd >= 0:
-            os.close(self.results_fd)
-            self.results_fd = -1
+        for descriptor in (self.orders_fd, self.results_fd):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.orders_fd = self.results_fd = -1
