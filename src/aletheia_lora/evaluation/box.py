@@ -15,13 +15,14 @@ import importlib.util
 import json
 import os
 import platform
+import select
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SandboxError
@@ -31,6 +32,13 @@ INSTALL = (
     "'pip install aletheia-lora[eval]'; it needs Linux with user namespaces open to ordinary users."
 )
 NOBODY = 65534
+TAIL_BYTES = 2000
+ENVIRONMENT = {
+    "PATH": "/usr/bin",
+    "HOME": "/tmp",
+    "LC_ALL": "C.UTF-8",
+    "PYTHONHASHSEED": "0",  # one order of sets, so that a verdict comes out the same twice
+}
 INSIDE = Path(__file__).with_name("inside.py")
 
 
@@ -41,7 +49,7 @@ class Limits:
     cpu_seconds: int = 5
     """Of each process."""
     wall_seconds: float = 15.0
-    """Of the whole run. Wider than the processor time, so that a busy machine changes no verdict."""
+    """Of the program and its test. Wider than the processor time, so that a busy machine changes no verdict."""
     memory_bytes: int = 512 * 2**20
     """Address space of each process; a box can hold ``num_processes`` times as much, and the two folders below."""
     num_processes: int = 8
@@ -56,6 +64,17 @@ class Limits:
     """Of the box's own /dev/shm."""
     output_bytes: int = 16 * 2**20
     """Printed text; more ends the program."""
+
+
+def process_limits(limits: Limits) -> dict[str, int]:
+    """The limits of each process, by the kernel's names: ``RLIMIT_`` and the key."""
+    return {
+        "CPU": limits.cpu_seconds,
+        "AS": limits.memory_bytes,
+        "FSIZE": limits.file_bytes,
+        "NOFILE": limits.num_open_files,
+        "NPROC": limits.num_processes,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +226,20 @@ def box_argv(bwrap: Path, interpreter: Interpreter, limits: Limits, filter_fd: i
     Order matters: what is made read-only comes after all mounts. Started with an empty environment; that of a process
     outside the box would be seen by root's programs only, but holds nothing anyway.
     """
-    argv = []
+    argv: list[str] = []
     if os.geteuid() == 0:
-        argv += ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all", "--"]
+        argv += [
+            "/usr/bin/setpriv",
+            f"--reuid={NOBODY}",
+            f"--regid={NOBODY}",
+            "--clear-groups",
+            "--inh-caps=-all",
+            "--",
+        ]
     argv += [str(bwrap), "--unshare-all", "--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
     argv += ["--die-with-parent", "--new-session", "--hostname", "box", "--cap-drop", "ALL", "--clearenv"]
-    for name, value in {"PATH": "/usr/bin", "HOME": "/tmp", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"}.items():
-        argv += ["--setenv", name, value]  # one order of sets for every run
+    for name, value in ENVIRONMENT.items():
+        argv += ["--setenv", name, value]
     argv += ["--ro-bind", "/usr", "/usr"]
     for name in ("/lib", "/lib64", "/bin"):
         if os.path.islink(name):
@@ -221,70 +247,108 @@ def box_argv(bwrap: Path, interpreter: Interpreter, limits: Limits, filter_fd: i
         elif os.path.isdir(name):
             argv += ["--ro-bind", name, name]
     argv += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    argv += ["--dev", "/dev", "--size", str(limits.shm_bytes), "--tmpfs", "/dev/shm"]
+    argv += ["--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]
     if not interpreter.prefix.is_relative_to("/usr"):
         argv += ["--ro-bind", str(interpreter.prefix), str(interpreter.prefix)]
-    argv += ["--dev", "/dev", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]
-    argv += ["--size", str(limits.shm_bytes), "--tmpfs", "/dev/shm", "--remount-ro", "/dev", "--remount-ro", "/"]
+    argv += ["--remount-ro", "/dev", "--remount-ro", "/"]
     argv += ["--chdir", "/tmp", "--seccomp", str(filter_fd)]
     return [*argv, "--", str(interpreter.executable), "-s", "-S", "-B", "-u"]
 
 
 class Box:
-    """One boxed interpreter under way; :meth:`kill` ends it and all that it started.
+    """One boxed interpreter under way; :meth:`close` ends it and all that it started.
 
     Args:
         role: What :mod:`.inside` is to be there: ``checker`` or ``candidate``.
         pipes: Descriptors that it may hold, in the order that the role wants; the caller closes its own.
+
+    Raises:
+        SandboxError: If the programs that make a box cannot be started.
     """
 
     def __init__(
-        self, bwrap: Path, interpreter: Interpreter, limits: Limits, *, role: str, pipes: Iterable[int]
+        self, bwrap: Path, interpreter: Interpreter, limits: Limits, *, role: str, pipes: Sequence[int]
     ) -> None:
+        start = {
+            "role": role,
+            "pipes": pipes,
+            "limits": process_limits(limits),
+        }
         filter_fd = os.memfd_create("filter")
+        os.write(filter_fd, system_call_filter())
+        os.lseek(filter_fd, 0, os.SEEK_SET)
+        self.output_fd, output = os.pipe()
         try:
-            os.write(filter_fd, system_call_filter())
-            os.lseek(filter_fd, 0, os.SEEK_SET)
-            start = {
-                "role": role,
-                "pipes": list(pipes),
-                "limits": {
-                    "cpu_seconds": limits.cpu_seconds,
-                    "AS": limits.memory_bytes,
-                    "FSIZE": limits.file_bytes,
-                    "NOFILE": limits.num_open_files,
-                    "NPROC": limits.num_processes,
-                },
-            }
-            argv = box_argv(bwrap, interpreter, limits, filter_fd)
             self.process = subprocess.Popen(
-                [*argv, "-c", INSIDE.read_text(encoding="utf-8"), json.dumps(start)],
+                [*box_argv(bwrap, interpreter, limits, filter_fd), "-c", INSIDE.read_text(), json.dumps(start)],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=[filter_fd, *start["pipes"]],
+                stdout=output,
+                stderr=output,
+                pass_fds=[filter_fd, *pipes],
                 env={},
                 cwd="/",
             )
         except OSError as error:
+            os.close(self.output_fd)
             raise SandboxError(f"the box could not be started: {error}. {INSTALL}") from error
         finally:
             os.close(filter_fd)
+            os.close(output)
+        os.set_blocking(self.output_fd, False)
+        self.first_fd = -1
+        """The box's first process, once :meth:`hold` has it."""
+        self.tail = b""
+        """The end of what was printed."""
+        self.num_printed = 0
+        """Bytes printed."""
 
-    def kill(self) -> int:
-        """End every process of the box, and give its exit code: 128 and more is the number of a signal above 128.
+    def read_output(self) -> bool:
+        """Read what has been printed, at most 64 KiB, and keep its end; False at the end of the output."""
+        try:
+            chunk = os.read(self.output_fd, 2**16)
+        except BlockingIOError:
+            return True
+        self.tail = (self.tail + chunk)[-TAIL_BYTES:]
+        self.num_printed += len(chunk)
+        return bool(chunk)
 
-        The first process of the box is the one to kill: it is gone only when all others of its namespace are, and
-        bubblewrap outside waits for it.
+    def exit_code(self, *, wait_seconds: float) -> int | None:
+        """The exit code, 128 and the number of the signal where one ended it; None where it still runs by then."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(wait_seconds)
+        return None
+
+    def hold(self) -> None:
+        """Take hold of the box's first process, to be called before anything untrusted runs in it.
+
+        That process ends only after all others of its namespace, so its end is theirs. Bubblewrap outside is no such
+        sign: it leaves as soon as the program has, and the kernel clears up after it.
+
+        Raises:
+            SandboxError: If the kernel does not tell which process it is.
         """
-        if self.process.poll() is None:
-            for pid in self._first_inside() or [self.process.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        return self.process.wait()
+        pid = self.process.pid
+        try:
+            (first,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            self.first_fd = os.pidfd_open(int(first))
+        except (OSError, ValueError) as error:
+            raise SandboxError(
+                f"the first process of a box cannot be found: {error}. A kernel with CONFIG_PROC_CHILDREN is needed."
+            ) from error
 
-    def _first_inside(self) -> list[int]:
-        """The process that bubblewrap waits for; empty where the kernel does not tell."""
-        with contextlib.suppress(OSError):
-            pid = self.process.pid
-            return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        return []
+    def close(self) -> None:
+        """End every process of the box, read the rest of the output, and return when all of them are gone."""
+        if self.output_fd < 0:
+            return
+        if self.first_fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.first_fd, signal.SIGKILL)
+            select.select([self.first_fd], [], [])
+            os.close(self.first_fd)
+        else:
+            self.process.kill()
+        self.process.wait()
+        self.read_output()  # a pipe holds no more than this
+        os.close(self.output_fd)
+        self.output_fd = -1

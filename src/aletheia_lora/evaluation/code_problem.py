@@ -29,7 +29,7 @@ class CodeProblem:
     setup: str = ""
     """Code that runs before the test."""
     needs_shared: str = ""
-    """Why program and test must share an interpreter (the test uses a class of the program); empty where they need not."""
+    """Why program and test must share an interpreter, such as a class of the program in the test; else empty."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> CodeProblem:
@@ -44,6 +44,7 @@ class CodeProblem:
                 prompt=row["prompt"],
                 test=row["test"],
                 entry_points=(row["entry_point"],),
+                needs_shared="" if _is_code(row["prompt"]) else "its prompt is no whole code without a completion",
             )
         if {"code", "test_list"} <= row.keys():
             return _from_mbpp(row)
@@ -76,6 +77,14 @@ def _from_mbpp(row: Mapping[str, Any]) -> CodeProblem:
         setup="\n".join([*imports, setup]).strip(),
         needs_shared=f"its tests use {', '.join(sorted(foreign))} of the program" if foreign else "",
     )
+
+
+def _is_code(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
 
 
 def _free_names(tree: ast.AST) -> set[str]:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, NoReturn
 
 MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_DETAIL = 500
 EXACT_INTS = 2**53  # larger ones travel in hexadecimal: Python refuses to read very long decimal numbers
 CONTAINERS: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
@@ -35,7 +36,11 @@ class NotPlain(TypeError):
 
 
 def pack(value: Any, *, exact: bool) -> Any:
-    """``value`` as JSON can hold it; with ``exact`` an instance of a subclass is refused, else it counts as its base."""
+    """``value`` as JSON can hold it; with ``exact`` an instance of a subclass is refused, else it is taken as its base.
+
+    Raises:
+        NotPlain: If it is, or contains, something else than the built-in types of values.
+    """
     if value is None or isinstance(value, bool):
         return value
     kinds = (int, float, str, complex, bytes, dict, *CONTAINERS.values())
@@ -108,17 +113,20 @@ def load(source: str) -> dict[str, Any]:
     return module.__dict__
 
 
+def described(error: BaseException) -> str:
+    """Class and message of an error, not too long."""
+    return f"{type(error).__name__}: {error}"[:MAX_DETAIL]
+
+
 def failure(error: BaseException) -> dict[str, str]:
     """What became of code that ended in ``error``, as outcome and detail."""
-    detail = f"{type(error).__name__}: {error}"[:500]
-    if isinstance(error, SystemExit):
-        return {"outcome": "exited", "detail": detail}
-    return {"outcome": "raised", "detail": detail}
+    return {"outcome": "exited" if isinstance(error, SystemExit) else "raised", "detail": described(error)}
 
 
 def standard_error(error: BaseException) -> str:
     """The name of the built-in exception that ``error`` is, or is derived from."""
-    return next(kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
+    names: list[str] = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
+    return names[0]
 
 
 def run_candidate(requests: BinaryIO, replies: BinaryIO) -> None:
@@ -128,7 +136,7 @@ def run_candidate(requests: BinaryIO, replies: BinaryIO) -> None:
     try:
         namespace = load(source)
     except SyntaxError as error:
-        send(replies, {"outcome": "syntax", "detail": str(error)[:500]})
+        send(replies, {"outcome": "syntax", "detail": str(error)[:MAX_DETAIL]})
         return
     except BaseException as error:
         send(replies, failure(error))
@@ -172,6 +180,7 @@ class Candidate:
         """The last exception of the program that was passed on to the test."""
 
     def ends(self, outcome: str, detail: str) -> NoReturn:
+        """Nothing of the program counts any more."""
         self.end = self.end or {"outcome": outcome, "detail": detail}
         raise Ended
 
@@ -185,14 +194,14 @@ class Candidate:
         except OSError as error:
             self.ends("died", f"it ended before it was asked: {error}")
         except Exception as error:
-            self.ends("broken_reply", f"{type(error).__name__}: {error}")
+            self.ends("broken_reply", described(error))
         if reply is None:
             self.ends("died", "it ended before it answered")
         if isinstance(reply, dict) and reply.keys() & {"ready", "loaded", "value", "error"}:
             return reply
         if isinstance(reply, dict) and reply.get("outcome") in CANDIDATE_ENDS:
-            self.ends(reply["outcome"], str(reply.get("detail"))[:500])
-        self.ends("broken_reply", f"no reply to a call: {reply!r}"[:500])
+            self.ends(reply["outcome"], str(reply.get("detail"))[:MAX_DETAIL])
+        self.ends("broken_reply", f"no reply to a call: {reply!r}"[:MAX_DETAIL])
 
     def function(self, name: str) -> Callable[..., Any]:
         """A function that calls the program's function of this name."""
@@ -204,12 +213,12 @@ class Candidate:
                 self.ends("needs_shared", f"the test passes {error} to {name}")
             reply = self.exchange(message)
             if "error" in reply:
-                self.raised = rebuilt(str(reply["error"]), str(reply.get("detail"))[:500])
+                self.raised = rebuilt(str(reply["error"]), str(reply.get("detail"))[:MAX_DETAIL])
                 raise self.raised
             try:
                 return unpack(reply["value"])
             except Exception as error:
-                self.ends("broken_reply", f"{type(error).__name__}: {error}")
+                self.ends("broken_reply", described(error))
 
         return call
 
@@ -238,7 +247,7 @@ def split_outcome(task: dict[str, Any], candidate: Candidate) -> dict[str, str]:
         exec(compile(task["prompt"], "<prompt>", "exec"), namespace)  # for the helpers that a prompt defines
         exec(compile(task["setup"], "<setup>", "exec"), namespace)
     except Exception as error:
-        return {"outcome": "broken_problem", "detail": f"{type(error).__name__}: {error}"}
+        return {"outcome": "broken_problem", "detail": described(error)}
     namespace.update({name: candidate.function(name) for name in task["entry_points"]})
     try:
         candidate.exchange({"source": task["source"]})
@@ -246,7 +255,9 @@ def split_outcome(task: dict[str, Any], candidate: Candidate) -> dict[str, str]:
     except BaseException as error:
         if candidate.end is None:
             own = error is not candidate.raised
-            return {"outcome": "wrong" if own else "raised", "detail": f"{type(error).__name__}: {error}"[:500]}
+            return (
+                {"outcome": "wrong", "detail": described(error)} if own else {"outcome": "raised", "detail": str(error)}
+            )
     return candidate.end or {"outcome": "passed", "detail": ""}
 
 
@@ -255,7 +266,7 @@ def shared_outcome(task: dict[str, Any]) -> dict[str, str]:
     try:
         namespace = load(task["source"])
     except SyntaxError as error:
-        return {"outcome": "syntax", "detail": str(error)[:500]}
+        return {"outcome": "syntax", "detail": str(error)[:MAX_DETAIL]}
     except BaseException as error:
         return failure(error)
     if missing := [name for name in task["entry_points"] if name not in namespace]:
@@ -264,7 +275,7 @@ def shared_outcome(task: dict[str, Any]) -> dict[str, str]:
         exec(compile(task["setup"], "<setup>", "exec"), namespace)
         test(task, namespace)
     except AssertionError as error:
-        return {"outcome": "wrong", "detail": f"AssertionError: {error}"[:500]}
+        return {"outcome": "wrong", "detail": f"AssertionError: {error}"[:MAX_DETAIL]}
     except BaseException as error:
         return failure(error)
     return {"outcome": "passed", "detail": ""}
@@ -275,11 +286,9 @@ def shared_outcome(task: dict[str, Any]) -> dict[str, str]:
 
 def set_limits(limits: dict[str, int]) -> None:
     """Hard limits of this process and of each one it starts; none can be raised again without privileges."""
-    cpu_seconds = limits["cpu_seconds"]
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))  # a signal with a name first, then death
-    for name in ("AS", "FSIZE", "NOFILE", "NPROC"):
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limits[name], limits[name]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for name, limit in {**limits, "CORE": 0}.items():
+        hard = limit + 1 if name == "CPU" else limit  # a signal that tells first, then death
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, hard))
 
 
 def main() -> None:
@@ -287,16 +296,17 @@ def main() -> None:
     start = json.loads(sys.argv.pop())
     sys.path.remove("")
     set_limits(start["limits"])
-    pipes = [open(number, mode) for number, mode in zip(start["pipes"], ("rb", "wb", "rb", "wb"), strict=False)]  # noqa: SIM115
+    modes = ("rb", "wb", "rb", "wb")
+    pipes: list[Any] = [os.fdopen(number, mode) for number, mode in zip(start["pipes"], modes, strict=False)]
     if start["role"] == "candidate":
         run_candidate(*pipes)
     else:
         orders, results, *rest = pipes
+        if rest and receive(rest[0]) != {"ready": True}:
+            os._exit(1)  # the other box could not be made
+        send(results, {"started": True})  # nothing of the program has run yet; it comes with the task
         task = json.loads(orders.read())
         orders.close()
-        if rest and receive(rest[0]) != {"ready": True}:
-            os._exit(1)  # the other box could not be made; nothing of the program has run
-        send(results, {"started": True})
         outcome = split_outcome(task, Candidate(rest[1], rest[0])) if rest else shared_outcome(task)
         send(results, {"nonce": task["nonce"], **outcome})
     os._exit(0)  # threads and exit handlers of the program have nothing left to do
