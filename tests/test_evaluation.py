@@ -77,9 +77,7 @@ def done(prepared, adapter, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection was tried"))
         patch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a name was looked up"))
-        record = evaluate(
-            byte_model(), byte_tokenizer(), prepared, output, adapters=[adapter], model_names=["tiny"]
-        )
+        record = evaluate(byte_model(), byte_tokenizer(), prepared, output, adapters=[adapter], model_names=["tiny"])
     return record, read_items(output / "items.jsonl"), output
 
 

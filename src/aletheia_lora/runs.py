@@ -22,8 +22,8 @@ from .calibration import measured_rate
 from .comparison import CompareOptions, compare
 from .data import Parts, TokenizedRows, split, tokenize
 from .embedded import load_embedded_model, split_by_module, standard_library_rows
-from .evaluation.evaluate import EvaluationOptions, evaluate, prepare
 from .errors import ConfigError, UnsupportedModelError, nearest
+from .evaluation.evaluate import EvaluationOptions, evaluate, prepare
 from .files import check_writable, write_bytes, write_json
 from .memory import device_memory, parse_bytes
 from .outlook import OutlookOptions, model_from_config, outlook, outlook_text

@@ -76,9 +76,7 @@ class LoadedTasks:
         return [name for name, task in self.tasks.items() if getattr(task, "UNSAFE_CODE", False)]
 
 
-def load_tasks(
-    names: Sequence[str], *, data_dir: Path | None = None, num_fewshot: int | None = None
-) -> LoadedTasks:
+def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, num_fewshot: int | None = None) -> LoadedTasks:
     """Load tasks and groups of the harness by name.
 
     Args:
