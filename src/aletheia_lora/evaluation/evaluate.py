@@ -183,7 +183,8 @@ def evaluate(
                 items = items or build_items(prepared.loaded, lm, options)
             asking = {"adapter": digests[label], "batch_size": lm.batch_size, "max_new_tokens": options.max_new_tokens}
             cache = AnswerCache(output / "answers", {**identity, **asking, "max_length": lm.max_length})
-            answers = _answers(lm, items, cache, lambda line, label=label: say(f"{label}: {line}"))
+            say(f"{label}: {len(items)} items")
+            answers = _answers(lm, items, cache, say)
         with quiet():
             found += judge(prepared, items, answers, label=label, digest_of_adapter=digests[label])
         seconds[label] = time.perf_counter() - started
@@ -195,18 +196,7 @@ def evaluate(
         **identity,
         "options": _shown(options),
         "adapters": digests,
-        "tasks": {
-            name: {
-                "definition": prepared.loaded.definitions[name],
-                "num_items": count,
-                "num_fewshot": prepared.loaded.tasks[name].get_config("num_fewshot"),
-            }
-            for name, count in Counter(item.task for item in items).items()
-        },
-        "groups": {name: list(members) for name, members in prepared.loaded.groups.items()},
-        "sources": dict(prepared.loaded.sources),
-        "notes": list(prepared.loaded.notes),
-        "sandbox": dict(prepared.attacks),
+        **_what_was_asked(prepared, items),
         "table": table(found, prepared.loaded.groups),
         "rates": rates(found),
         "warnings": warnings_of(rates(found)),
@@ -247,11 +237,31 @@ def build_items(loaded: LoadedTasks, lm: Any, options: EvaluationOptions) -> lis
     return items
 
 
+def _what_was_asked(prepared: Prepared, items: Sequence[Item]) -> dict[str, Any]:
+    """Tasks, rows and box, for the record."""
+    loaded = prepared.loaded
+    return {
+        "tasks": {
+            name: {
+                "definition": loaded.definitions[name],
+                "num_items": count,
+                "num_fewshot": loaded.tasks[name].get_config("num_fewshot"),
+            }
+            for name, count in Counter(item.task for item in items).items()
+        },
+        "groups": {name: list(members) for name, members in loaded.groups.items()},
+        "sources": dict(loaded.sources),
+        "notes": list(loaded.notes),
+        "sandbox": dict(prepared.attacks),
+    }
+
+
 def _answers(lm: Any, items: Sequence[Item], cache: AnswerCache, say: Say) -> list[Answer]:
     """An answer for every item: the ones that are kept, and new ones, which are kept as they come."""
     answers = [cache.get(item.question) for item in items]
     missing = [place for place, answer in enumerate(answers) if answer is None]
-    say(f"{len(items)} items, {len(items) - len(missing)} of them answered before")
+    if len(missing) < len(items):
+        say(f"{len(items) - len(missing)} of them were answered before")
     for done, (n, answer) in enumerate(lm.answers([items[place].question for place in missing]), 1):
         item = items[missing[n]]
         if not all(map(math.isfinite, answer.loglikelihoods)):

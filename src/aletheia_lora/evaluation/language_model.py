@@ -123,7 +123,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]
                 parts = self._windows(request[0]) if rolling else [self._pair(*request)]
                 pairs += parts
                 owners += [(n, r)] * len(parts)
-        missing = defaultdict(int)
+        missing: dict[int, int] = defaultdict(int)
         for n, _ in owners:
             missing[n] += 1
         found: dict[int, list[int]] = defaultdict(list)
@@ -190,14 +190,14 @@ class LanguageModel(HFLM):  # type: ignore[misc]
             by_context[tuple(context)].append(index)
         whole: dict[tuple[int, ...], list[int]] = defaultdict(list)
         shared = []
-        for context, members in by_context.items():
+        for shared_context, members in by_context.items():
             longest = max(len(pairs[index][1]) for index in members)
-            fits = len(context) + longest <= self.max_length + 1
-            if self._own_cache and fits and len(members) > 1 and 1 < longest <= len(context):
-                shared.append((context, members))
+            fits = len(shared_context) + longest <= self.max_length + 1
+            if self._own_cache and fits and len(members) > 1 and 1 < longest <= len(shared_context):
+                shared.append((shared_context, members))
                 continue
             for index in members:
-                words = pairs[index][1]
+                context, words = pairs[index]
                 whole[tuple([*context, *words][-(self.max_length + 1) :][:-1])].append(index)
         for batch in self._batches(list(whole.items()), pairs):
             yield from self._score_whole(batch, pairs)
@@ -232,7 +232,9 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         end_B1, tail_B1 = (torch.tensor(numbers, device=self.device)[:, None] for numbers in (lengths, tails))
         keep_BT = (column_T >= end_B1 - tail_B1) & (column_T < end_B1)
         logits_NV = self._logits_at(keep_BT, input_ids=ids_BT, use_cache=False)  # no mask: padding is on the right
-        positions, targets, members_of = [], [], []
+        positions: list[int] = []
+        targets: list[int] = []
+        members_of: list[int] = []
         start = 0
         for (_, members), tail in zip(batch, tails, strict=True):
             for index in members:
@@ -344,7 +346,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         """The same with the model's own ``generate``: recurrent models, and models with penalties of their own."""
         ids_BT, mask_BT = self._left_padded([row.ids for row in rows])
 
-        class Stop(StoppingCriteria):  # type: ignore[misc]
+        class Stop(StoppingCriteria):
             def __call__(stop, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
                 for row, token in zip(rows, input_ids[:, -1].tolist(), strict=True):
                     if not row.stop_reason:
