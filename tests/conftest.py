@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from aletheia_lora.errors import SandboxError
+from aletheia_lora.evaluation.sandbox import Sandbox
 from tiny_inputs import save_model, save_rows, word_rows
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -166,3 +169,22 @@ def library_logging() -> Iterator[None]:
     transformers_logging.set_verbosity(verbosity)
     if bars:
         transformers_logging.enable_progress_bar()
+
+
+# --- boxes for generated programs -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Sandbox:
+    """A sandbox that has proved that it holds; skips where bubblewrap is missing or may make no box."""
+    try:
+        found = Sandbox()
+    except SandboxError as error:
+        pytest.skip(str(error))
+    rights = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    command = [*rights, str(found.bwrap), "--unshare-user", "--unshare-net", "--ro-bind", "/", "/", "true"]
+    tried = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"bubblewrap may make no box on this machine: {tried.stderr.strip()}")
+    found.check_self()
+    return found

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("library_logging")
 
 SMALL = ("--validation-rows", "4", "--probe-batches", "2", "--rank", "4", "--strategy", "last", "--num-layers", "2")
 SHORT = ("--steps", "2", "--batch-size", "4")
-COMMANDS = ("doctor", "probe", "plan", "train", "compare", "demo")
+COMMANDS = ("doctor", "probe", "plan", "train", "compare", "demo", "eval")
 
 
 @pytest.fixture
@@ -65,12 +65,13 @@ def test_every_command_explains_itself(aletheia, monkeypatch):
         ("plan", ("model", "data", "probe", "plan", "step", "checkpointing", "plan_only", "output")),
         ("train", ("model", "data", "probe", "plan", "step", "checkpointing", "train", "train_only", "output")),
         ("compare", ("model", "data", "probe", "plan", "step", "train", "compare", "output")),
+        ("eval", ("model", "evaluate", "output")),
     ],
 )
 def test_a_command_has_a_flag_for_every_key_it_reads(aletheia, monkeypatch, command, groups):
     monkeypatch.setenv("COLUMNS", "300")
     printed = aletheia(command, "--help")
-    for key in (key for group in groups for key in GROUPS[group] if key not in ("model", "data")):
+    for key in (key for group in groups for key in GROUPS[group] if key not in ("model", "data", "adapters")):
         assert f"--{key.replace('_', '-')} " in printed
     for flag in ("--config", "--dry-run", "--json"):
         assert flag in printed

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from .errors import AletheiaError
 from .run_config import GROUPS, RunConfig, resolve
@@ -188,6 +189,27 @@ def _show_compare(record: dict[str, Any]) -> None:
     print(f"page: {record['page']}")
 
 
+def _show_eval(record: dict[str, Any]) -> None:
+    labels = list(record["adapters"])
+    asked = {name.strip() for entry in record["options"]["tasks"] for name in entry.split(",")}
+    table = Table("task", "metric", "items", *labels)
+    for row in record["table"]:
+        if row["task"] in asked:
+            cells = [_with_error(row["values"].get(label)) for label in labels]
+            table.add_row(row["task"], row["metric"], str(row["num_items"]), *cells)
+    Console().print(table)
+    for line in [*record["notes"], *record["warnings"]]:
+        print(line)
+    print(f"wrote {record['output']}/evaluation.json, and every answer to items.jsonl beside it")
+
+
+def _with_error(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    error = value["standard_error"]
+    return f"{value['value']:.4g}" if error is None else f"{value['value']:.4f} ± {error:.4f}"
+
+
 _command(
     "doctor", "What can be adapted in a model, what not and why.", ("model",), ("model",), "run_doctor", _show_doctor
 )
@@ -223,6 +245,14 @@ _command(
     ("model", "data"),
     "run_compare",
     _show_compare,
+)
+_command(
+    "eval",
+    "Score the model, and each adapter on it, on standard tasks: --tasks gsm8k,mmlu; every answer is kept.",
+    ("model", "evaluate", "output"),
+    ("model", "adapters"),
+    "run_eval",
+    _show_eval,
 )
 
 

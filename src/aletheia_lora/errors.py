@@ -8,9 +8,11 @@ classes below are for what a caller may want to tell apart::
     ├── DataError               rows that cannot be read, tokenized or supervised
     ├── ProbeError              a measurement that cannot be trusted (a NaN, no labels, no gradient)
     ├── PlanError               a plan that does not fit the model, or ranks that do not fit the weights
+    ├── AdapterError            an adapter folder that is broken, or belongs to another model
     ├── CensusError             the adapters found on the model are not the adapters of the plan
     ├── NonFiniteLossError      training met a NaN or infinite loss and stopped before the update
     ├── ProcessError            processes that work together differ, or another one of them failed
+    ├── SandboxError            generated code cannot be contained here, so none of it is run
     ├── OutputError             a file or folder cannot be written
     └── ConfigError             an unknown or ill-typed key in a configuration file or flag
 """
@@ -41,6 +43,10 @@ class PlanError(AletheiaError, ValueError):
     """A plan, selection or rank that does not fit the model."""
 
 
+class AdapterError(AletheiaError, ValueError):
+    """An adapter folder that cannot be read, or does not belong to the model."""
+
+
 class CensusError(AletheiaError, RuntimeError):
     """The adapters attached to the model differ from the plan."""
 
@@ -51,6 +57,8 @@ class NonFiniteLossError(AletheiaError, ArithmeticError):
 
 class ProcessError(AletheiaError, RuntimeError):
     """Processes that work together hold different things, or another one of them failed."""
+class SandboxError(AletheiaError, RuntimeError):
+    """Generated code cannot be contained on this machine; it is not run."""
 
 
 class OutputError(AletheiaError, OSError):

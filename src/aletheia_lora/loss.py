@@ -69,7 +69,7 @@ def labelled_loss(model: Any, batch: Mapping[str, Tensor], *, num_labels: Tensor
             torch.set_rng_state(random_state[0])
             if random_state[1] is not None:
                 torch.cuda.set_rng_state(random_state[1], head.weight.device)
-        with _head_sees_only(head, keep) as seen:
+        with head_sees_only(head, keep) as seen:
             logits = _logits(model(**inputs, use_cache=False))
     logits = logits.reshape(-1, logits.shape[-1]) if seen else logits[:, :-1][keep.to(logits.device)]
     return functional.cross_entropy(full_precision(logits), targets.to(logits.device), reduction="sum") / count
@@ -175,8 +175,13 @@ def _loss_at_the_head(head: nn.Linear, keep: Tensor, targets: Tensor) -> Iterato
 
 
 @contextlib.contextmanager
-def _head_sees_only(head: Any, keep: Tensor) -> Iterator[list[bool]]:
-    """While open, the output head gets the labelled positions, (1, labelled, hidden); yields a list, filled then."""
+def head_sees_only(head: Any, keep: Tensor) -> Iterator[list[bool]]:
+    """While open, the output head gets the kept positions only, (1, kept, hidden); yields a list, filled then.
+
+    Args:
+        head: The model's output embeddings; anything but a module is left alone, and the list stays empty.
+        keep: Which positions, (batch, T), or (batch, T - 1) where the last one is never wanted.
+    """
     seen: list[bool] = []
 
     def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -196,9 +201,10 @@ def _head_sees_only(head: Any, keep: Tensor) -> Iterator[list[bool]]:
 
 def _labelled_positions(hidden: Tensor, keep: Tensor) -> Tensor | None:
     """(batch, T, hidden) -> (labelled, hidden); None where the head gets something else than every position."""
-    if hidden.ndim != 3 or hidden.shape[:2] != (keep.shape[0], keep.shape[1] + 1):
+    rows, columns = keep.shape
+    if hidden.ndim != 3 or hidden.shape[0] != rows or hidden.shape[1] - columns not in (0, 1):
         return None
-    return hidden[:, :-1][keep.to(hidden.device)]
+    return hidden[:, :columns][keep.to(hidden.device)]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

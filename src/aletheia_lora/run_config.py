@@ -53,6 +53,20 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "train": ("plan", "steps", "learning_rate"),
     "train_only": ("gradient_accumulation", "prefix_cache_dir", "prefix_cache_dtype"),
     "compare": ("uniform_learning_rate", "timed_steps", "evaluations", "controls", "matched_time"),
+    "evaluate": (
+        "adapters",
+        "tasks",
+        "data_dir",
+        "limit",
+        "num_fewshot",
+        "fewshot_seed",
+        "eval_batch_size",
+        "max_new_tokens",
+        "chat_template",
+        "fewshot_as_multiturn",
+        "allow_code",
+        "any_base",
+    ),
     "output": ("output",),
 }
 
@@ -114,6 +128,18 @@ class RunConfig(BaseModel):
     evaluations: int = Field(4, ge=1, description="Held-out evaluations along a run.")
     controls: list[str] = Field([], description="Strategies to train beside the selection, e.g. random, last.")
     matched_time: bool = Field(True, description="Also train the selection for as long as uniform took.")
+    adapters: list[str] = Field([], description="Folders of adapters to evaluate beside the model.")
+    tasks: list[str] = Field([], description="Tasks of lm-evaluation-harness, e.g. gsm8k,mmlu,humaneval,wikitext.")
+    data_dir: Path | None = Field(None, description="Folder with the tasks' rows, so that no network is needed.")
+    limit: int | None = Field(None, ge=1, description="First items of each task; all if left out.")
+    num_fewshot: int | None = Field(None, ge=0, description="Worked examples in a prompt, if the task has any.")
+    fewshot_seed: int = Field(1234, ge=0, description="Seed of the choice of worked examples.")
+    eval_batch_size: int = Field(8, ge=1, description="Prompts read at once.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Tokens generated at most, where a task allows more.")
+    chat_template: bool = Field(False, description="Ask in the tokenizer's chat template.")
+    fewshot_as_multiturn: bool = Field(False, description="With a chat template: a turn for each worked example.")
+    allow_code: bool = Field(False, description="Agree that programs of the model are run, in a sandbox.")
+    any_base: bool = Field(False, description="Take adapters whose base model had another name.")
     output: Path | None = Field(None, description="Folder or file to write.")
 
     def subset(self, options_class: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .comparison import CompareOptions, compare
 from .data import Parts, TokenizedRows, split, tokenize
 from .embedded import load_embedded_model, split_by_module, standard_library_rows
 from .errors import ConfigError, UnsupportedModelError, nearest
+from .evaluation.evaluate import EvaluationOptions, evaluate, prepare
 from .files import check_writable, write_bytes, write_json
 from .memory import device_memory, parse_bytes
 from .outlook import OutlookOptions, model_from_config, outlook, outlook_text
@@ -187,6 +188,26 @@ def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
     page = write_page(record, folder)
     say(finding(record))
     return {**record, "page": str(page)}
+
+
+def run_eval(config: RunConfig, say: Say) -> dict[str, Any]:
+    """Evaluate the model and its adapters; writes ``items.jsonl`` and ``evaluation.json`` into the output folder."""
+    folder = config.output if config.output is not None else Path("aletheia-eval")
+    tasks = tuple(name.strip() for entry in config.tasks for name in entry.split(",") if name.strip())
+    prepared = prepare(EvaluationOptions(**{**config.subset(EvaluationOptions), "tasks": tasks}))
+    for note in prepared.loaded.notes:
+        say(note)
+    model, tokenizer = load_model(config, say)
+    record = evaluate(
+        model,
+        tokenizer,
+        prepared,
+        folder,
+        adapters=[Path(adapter) for adapter in config.adapters],
+        model_names=[_shown(config, "model"), config.model, model.name_or_path],
+        say=say,
+    )
+    return {**record, "output": str(folder)}
 
 
 def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:

@@ -1,0 +1,1 @@
+"""A model and tasks -> what it answers, and what the answers are worth."""
