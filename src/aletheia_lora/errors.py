@@ -57,6 +57,8 @@ class NonFiniteLossError(AletheiaError, ArithmeticError):
 
 class ProcessError(AletheiaError, RuntimeError):
     """Processes that work together hold different things, or another one of them failed."""
+
+
 class SandboxError(AletheiaError, RuntimeError):
     """Generated code cannot be contained on this machine; it is not run."""
 
