@@ -22,6 +22,7 @@ NAME = PACKAGE.name
 ROOMS = (
     "errors",
     "files",
+    "statistics",
     "layers",
     "anatomy",
     "rows",
