@@ -33,6 +33,20 @@ Answers = dict[Key, ItemResult]
 
 
 @dataclass(frozen=True)
+class _Rules:
+    """What the caller has decided, the same for every benchmark."""
+
+    arms: list[str]
+    uniform: str
+    missing: str
+    margins: dict[str, float | None]
+    confidence: float
+    alpha: float
+    repeat: str | None
+    repeated: str | None
+
+
+@dataclass(frozen=True)
 class _Costs:
     """What each item cost each label: 1 - score, or loss per token. Shapes (items,)."""
 
@@ -93,19 +107,20 @@ def forgetting_report(
     if missing not in MISSING:
         raise ValueError(f"missing={missing!r}, expected one of {', '.join(MISSING)}.")
     answers = _by_label(results)
-    arms = _arms(answers, uniform, selected, repeat)
-    repeated = _check_adapters(answers, repeat)
+    rules = _Rules(
+        arms=_arms(answers, uniform, selected, repeat),
+        uniform=uniform,
+        missing=missing,
+        margins={POINTS: margin, NATS: loss_margin},
+        confidence=confidence,
+        alpha=alpha,
+        repeat=repeat,
+        repeated=_check_adapters(answers, repeat),
+    )
     _check_prompts(answers)
-    margins = {POINTS: margin, NATS: loss_margin}
-    names = dict.fromkeys((benchmarks or {}).get(task, task) for label in arms for task, _ in answers[label])
     tasks = []
-    for name in names:
-        own = {
-            label: {key: item for key, item in found.items() if (benchmarks or {}).get(key[0], key[0]) == name}
-            for label, found in answers.items()
-        }
-        metric = _metric(name, own, (metrics or {}).get(name))
-        tasks.append(_task(name, own, arms, metric, uniform, missing, margins, confidence, alpha, (repeat, repeated)))
+    for name, own in _by_benchmark(answers, benchmarks or {}).items():
+        tasks.append(_task(name, own, _metric(name, own, (metrics or {}).get(name)), rules))
     _correct(tasks, selected, alpha)
     return {
         "format": FORMAT,
@@ -139,6 +154,18 @@ def _by_label(results: Iterable[ItemResult]) -> dict[str, Answers]:
             )
         own[item.task, item.item_id] = item
     return answers
+
+
+def _by_benchmark(
+    answers: Mapping[str, Answers], benchmarks: Mapping[str, str]
+) -> dict[str, dict[str, Answers]]:
+    """The answers of every label, benchmark by benchmark, in order of appearance."""
+    split: dict[str, dict[str, Answers]] = {}
+    for label, found in answers.items():
+        for key, item in found.items():
+            own = split.setdefault(benchmarks.get(item.task, item.task), {name: {} for name in answers})
+            own[label][key] = item
+    return split
 
 
 def _arms(answers: Mapping[str, Answers], uniform: str, selected: str, repeat: str | None) -> list[str]:
@@ -219,41 +246,30 @@ def _metric(name: str, own: Mapping[str, Answers], wanted: str | None) -> str:
     )
 
 
-def _task(
-    name: str,
-    own: Mapping[str, Answers],
-    arms: Sequence[str],
-    metric: str,
-    uniform: str,
-    missing: str,
-    margins: Mapping[str, float | None],
-    confidence: float,
-    alpha: float,
-    repeat: tuple[str | None, str | None],
-) -> dict[str, Any]:
+def _task(name: str, own: Mapping[str, Answers], metric: str, rules: _Rules) -> dict[str, Any]:
     """One benchmark of the record: an entry per arm, with None where it was not evaluated."""
-    evaluated = [label for label in arms if own[label]]
-    keys = _shared_items(name, own, evaluated, missing)
-    costs = _costs(name, {label: [own[label][key] for key in keys] for label in evaluated}, metric)
-    margin = margins[costs.unit]
+    evaluated = [label for label in rules.arms if own[label]]
+    keys = _shared_items(name, own, evaluated, rules.missing)
+    answered = {label: [own[label][key] for key in keys] for label in evaluated}
+    costs = _costs(name, answered, metric)
+    margin = rules.margins[costs.unit]
     if margin is None:
         raise DataError(f"{name} is plain text: give loss_margin, the extra loss in nats per token that is no matter.")
     entries = []
-    for label in arms:
-        entry: dict[str, Any] = {"label": label, "n": len(keys) if label in evaluated else 0}
-        if label in evaluated:
-            answered = [own[label][key] for key in keys]
+    for label in rules.arms:
+        entry: dict[str, Any] = {"label": label, "n": len(answered.get(label, ()))}
+        if label in answered:
             entry |= {
                 "num_left_out": len(own[label]) - len(keys),
                 "score": _score(costs, label),
-                "num_answers_cut": sum(item.stop_reason == "length" for item in answered),
-                "num_prompts_cut": sum(item.prompt_truncated for item in answered),
+                "num_answers_cut": sum(item.stop_reason == "length" for item in answered[label]),
+                "num_prompts_cut": sum(item.prompt_truncated for item in answered[label]),
             }
-        for key, reference in (("forgetting", BASE), ("extra", uniform)):
-            comparable = label not in (BASE, reference) and {label, reference} <= set(evaluated)
-            entry[key] = _difference(costs, label, reference, confidence) if comparable else None
+        for key, reference in (("forgetting", BASE), ("extra", rules.uniform)):
+            comparable = label not in (BASE, reference) and {label, reference} <= answered.keys()
+            entry[key] = _difference(costs, label, reference, rules.confidence) if comparable else None
         if entry["extra"] is not None:
-            entry["extra"]["equivalence"] = _equivalence(costs, label, uniform, margin, alpha)
+            entry["extra"]["equivalence"] = _equivalence(costs, label, rules.uniform, margin, rules.alpha)
         entries.append(entry)
     return {
         "task": name,
@@ -263,7 +279,7 @@ def _task(
         "n": len(keys),
         "num_groups": None if costs.groups is None else len(set(costs.groups)),
         "arms": entries,
-        "noise": _noise(name, own, metric, confidence, *repeat),
+        "noise": _noise(name, own, metric, rules),
     }
 
 
@@ -350,10 +366,9 @@ def _equivalence(costs: _Costs, label: str, reference: str, margin: float, alpha
     }
 
 
-def _noise(
-    name: str, own: Mapping[str, Answers], metric: str, confidence: float, repeat: str | None, repeated: str | None
-) -> dict[str, Any] | None:
+def _noise(name: str, own: Mapping[str, Answers], metric: str, rules: _Rules) -> dict[str, Any] | None:
     """What a second evaluation of one adapter changed, on the items that it answered again."""
+    repeat, repeated = rules.repeat, rules.repeated
     if repeat is None or repeated is None:
         return None
     keys = [key for key in own[repeat] if key in own[repeated]]
@@ -361,8 +376,9 @@ def _noise(
         return None
     answered = {label: [own[label][key] for key in keys] for label in (repeated, repeat)}
     costs = _costs(name, answered, metric)
-    found = _difference(costs, repeat, repeated, confidence)
-    changed = sum(first.response != second.response for first, second in zip(*answered.values(), strict=True))
+    found = _difference(costs, repeat, repeated, rules.confidence)
+    texts = [(first.response, second.response) for first, second in zip(*answered.values(), strict=True)]
+    changed = sum(first != second for first, second in texts) if any(map(any, texts)) else None
     return {"label": repeated, "num_responses_changed": changed, **found}
 
 

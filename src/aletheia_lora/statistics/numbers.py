@@ -55,9 +55,11 @@ def binary_pairs(values: Numbers, references: Numbers) -> tuple[Floats, Floats]:
         ValueError: As :func:`pairs`, and if a number is neither 0 nor 1.
     """
     first, second = pairs(values, references)
-    odd = next((number for number in (*first, *second) if number not in (0, 1)), None)
-    if odd is not None:
-        raise ValueError(f"a score of {odd:g}, expected 1 (right) or 0 (wrong). Treat such scores as any number.")
+    odd = [numbers[(numbers != 0) & (numbers != 1)] for numbers in (first, second)]
+    if len(odd[0]) or len(odd[1]):
+        raise ValueError(
+            f"a score of {(*odd[0], *odd[1])[0]:g}, expected 1 (right) or 0 (wrong). Treat such scores as any number."
+        )
     return first, second
 
 
