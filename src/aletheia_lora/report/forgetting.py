@@ -152,13 +152,13 @@ def forgetting_finding(record: Record) -> str:
         share = f"{len(alike)} of {len(tasks)} benchmarks ({_names(alike)})" if len(tasks) > 1 else _names(alike)
         clauses.append(f"as much as uniform LoRA within {within} on {share}")
     sentences = [f"The selected layers forgot {' and '.join(clauses)}"] if clauses else []
-    open_tasks = found.get("undecided", [])
-    if open_tasks and not clauses:
-        sentences.append(f"Whether the selected layers forgot more than uniform LoRA is not decided on {_names(open_tasks)}")
-    elif open_tasks:
-        sentences.append(f"{_names(open_tasks)} {'is' if len(open_tasks) == 1 else 'are'} not decided")
-    if found.get(""):
-        sentences.append(f"{_names(found[''])} {'was' if len(found['']) == 1 else 'were'} not compared")
+    undecided, absent = found.get("undecided"), found.get("")
+    if undecided and not clauses:
+        sentences.append(f"It is not decided whether the selected layers forgot more on {_names(undecided)}")
+    elif undecided:
+        sentences.append(f"{_names(undecided)} {'is' if len(undecided) == 1 else 'are'} not decided")
+    if absent:
+        sentences.append(f"{_names(absent)} {'was' if len(absent) == 1 else 'were'} not compared")
     return "; ".join(sentences) + "." if sentences else "No benchmark was evaluated; nothing is known about forgetting."
 
 
@@ -192,7 +192,8 @@ def _row(record: Record, task: Task, entry: Entry) -> dict[str, str]:
 def _cell(entry: Entry, what: str, unit: str) -> str:
     found = entry.get(what) or {}
     mean = known(found.get("mean"))
-    return DASH if mean is None else f"{number(mean, unit, signed=True)} ({interval(found, unit)})"
+    between = interval(found, unit).replace(" ", "\u00a0")
+    return DASH if mean is None else f"{number(mean, unit, signed=True)} ({between})"
 
 
 def _p_text(p_value: float) -> str:

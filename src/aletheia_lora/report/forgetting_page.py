@@ -12,7 +12,6 @@ from typing import Any
 from ..files import write_bytes, write_json
 from .canvas import ROLE_COLOURS
 from .forgetting import (
-    BASE,
     POINTS,
     Task,
     amount,
@@ -137,6 +136,8 @@ def _sentence(record: Record, task: Task) -> str:
         who = name_of(record, label)
         if mean is None:
             told.append(f"{who} was not evaluated")
+        elif number(mean, unit) == number(0, unit):
+            told.append(f"{who} changed nothing")
         else:
             told.append(f"{who} {'forgot' if mean > 0 else 'gained'} {amount(abs(mean), unit)}")
     extra = entry_of(task, record["selected"]).get("extra")
@@ -170,7 +171,7 @@ def _noise(record: Record) -> list[str]:
             f"({confidence_text(record)} interval {interval(noise, unit)}), with "
             f"{name_of(record, noise['label'])} evaluated twice."
         )
-    return told or ["No adapter was evaluated twice, so how much of a difference is noise of the evaluation is not known."]
+    return told or ["No adapter was evaluated twice, so the noise of the evaluation itself is not known."]
 
 
 def _table(record: Record) -> dict[str, Any]:
@@ -230,8 +231,8 @@ def _cut_check(record: Record, task: Task) -> Check:
             shares.append(cut / entry["n"])
             shown.append(f"{name_of(record, entry['label'])} {cut:,}")
     state = "differs" if max(shares) - min(shares) > MAX_DIFFERENT_CUTS else "holds"
-    text = f"{visible(task['task'])}: answers or prompts cut at the limit of tokens: {', '.join(shown)} of {task['n']:,}"
-    return {"state": state, "text": f"{text}. A cut answer counts as it was read."}
+    words = f"answers or prompts cut at the limit of tokens: {', '.join(shown)} of {task['n']:,}"
+    return {"state": state, "text": f"{visible(task['task'])}: {words}. A cut answer counts as it was read."}
 
 
 def _definitions(record: Record) -> list[tuple[str, str]]:

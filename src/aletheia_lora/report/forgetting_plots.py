@@ -71,13 +71,8 @@ def forgetting_titles(record: Record) -> dict[str, str]:
 def plot_forgetting(record: Record, tasks: Sequence[Task]) -> bytes:
     """What every adapter forgot, benchmark by benchmark, with its interval; the noise floor below where it is known."""
     unit = tasks[0]["unit"] if tasks else POINTS
-    subtitle = (
-        f"Base model minus tuned model, item by item; right of the line is forgotten. Whiskers: {confidence_text(record)} "
-        "intervals."
-        if unit == POINTS
-        else f"Loss of the tuned model minus that of the base model; right of the line is forgotten. Whiskers: "
-        f"{confidence_text(record)} intervals."
-    )
+    what = "Base model minus tuned model" if unit == POINTS else "Loss of the tuned model minus that of the base model"
+    subtitle = f"{what}, item by item; right of the line is forgotten. Whiskers: {confidence_text(record)} intervals."
     blocks = [(_heading(task), _forgetting_lines(record, task)) for task in tasks]
     words = "points forgotten against the base model" if unit == POINTS else "nats per token lost to the base model"
     return _forest(_forgetting_title(record, tasks), subtitle, blocks, words, unit)
@@ -88,16 +83,16 @@ def plot_extra(record: Record, tasks: Sequence[Task]) -> bytes:
     unit = tasks[0]["unit"] if tasks else POINTS
     level = 100 * (1 - 2 * record["settings"]["alpha"])
     subtitle = (
-        f"Shaded: the margin given beforehand. Thin: {confidence_text(record)} intervals; thick: {level:g} %. Where the "
-        "thick one lies in the shade, both forget alike."
+        f"Shaded: the margin given beforehand. Thin: {confidence_text(record)} intervals; thick: {level:g} %. "
+        "Where the thick one lies in the shade, both forget alike."
     )
     blocks = []
     for task in tasks:
         extra = entry_of(task, record.get("selected")).get("extra")
         colour = ROLE_COLOURS["selected"]
         text = "" if extra is None else number(extra["mean"], unit, signed=True)
-        line = _Line(verdict_text(record, task), extra, colour, text, bold=verdict(record, task) not in ("", "undecided"))
-        blocks.append((_heading(task), [line]))
+        decided = verdict(record, task) not in ("", "undecided")
+        blocks.append((_heading(task), [_Line(verdict_text(record, task), extra, colour, text, bold=decided)]))
     words = "points forgotten beyond uniform LoRA" if unit == POINTS else "nats per token lost beyond uniform LoRA"
     margin = known(tasks[0]["margin"]) if tasks else None
     return _forest(_extra_title(record, tasks), subtitle, blocks, words, unit, margin=margin)

@@ -118,10 +118,10 @@ def write_page(record: Record, folder: Path) -> Path:
     plots = draw_plots(record)
     if record.get("forgetting"):
         plots |= draw_forgetting(record["forgetting"])
-    html = render_page(record, plots)
-    for name, image in plots.items():
-        write_bytes(Path(folder) / f"{name}.png", image)
-    return write_bytes(Path(folder) / "page.html", html.encode())
+    page = render_page(record, plots)
+    for name, drawn in plots.items():
+        write_bytes(Path(folder) / f"{name}.png", drawn)
+    return write_bytes(Path(folder) / "page.html", page.encode())
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def pairs(values: Numbers, references: Numbers) -> tuple[Floats, Floats]:
     """
     first, second = finite("values", values), finite("references", references)
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} numbers against {len(second)}, expected pairs. Match them by run or item first.")
+        raise ValueError(f"{len(first)} numbers against {len(second)}, expected pairs. Match them by run or item.")
     return first, second
 
 
