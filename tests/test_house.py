@@ -23,6 +23,7 @@ ROOMS = (
     "errors",
     "files",
     "processes",
+    "statistics",
     "layers",
     "quantized",
     "placement",

@@ -72,12 +72,12 @@ def settings(record: Record) -> list[tuple[str, str]]:
     first = {"layers chosen": layers_text(selection.get("layers"), record.get("num_layers"))}
     if selection.get("describe"):
         first["what was expected of them"] = selection["describe"]
-    return _pairs({**first, **(record.get("settings") or {})})
+    return pairs({**first, **(record.get("settings") or {})})
 
 
 def environment(record: Record) -> list[tuple[str, str]]:
     """Versions and hardware, one line each."""
-    return _pairs(record.get("environment") or {})
+    return pairs(record.get("environment") or {})
 
 
 def limits(record: Record) -> list[str]:
@@ -166,7 +166,8 @@ def _check(state: str, text: str) -> Check:
     return {"state": state, "text": text}
 
 
-def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Keys and values as text, one line each."""
     return [(visible(key).replace("_", " "), _scalar(value)) for key, value in values.items()]
 
 

@@ -6,18 +6,14 @@ text from models and data as text. The template only lays out what is put in wor
 
 from __future__ import annotations
 
-import base64
-import re
 from collections.abc import Mapping
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
-
 from ..files import write_bytes
 from .canvas import ROLE_COLOURS
+from .forgetting_page import forgetting_parts
+from .forgetting_plots import draw_forgetting
 from .measurement import checks, definitions, environment, limits, settings
 from .plots import PLOTS, draw_plots, plot_titles
 from .tables import (
@@ -36,6 +32,7 @@ from .tables import (
     probe_seconds,
     step_speed,
 )
+from .templates import html, image, title_parts
 from .words import DASH, duration, known, loss_difference, loss_text, percent, significant, speed_text, visible
 
 FLAT_SPREAD = 2.5
@@ -83,16 +80,17 @@ def render_page(record: Record, plots: Mapping[str, bytes]) -> str:
     """
     title = finding(record)
     titles = plot_titles(record)
-    return _template().render(
+    return html(
+        "page.html.j2",
         title=title,
-        title_parts=_title_parts(title),
+        title_parts=title_parts(title),
         deck=_deck(record),
         model=visible(record.get("model")),
         architecture=visible(record.get("architecture")),
         data=visible(record.get("data")),
         created=visible(record.get("created")),
         figures=_key_figures(record),
-        plots={name: _plot(titles[name], plots.get(name)) for name in PLOTS},
+        plots={name: image(titles[name], plots.get(name)) for name in PLOTS},
         controls=_controls(record),
         ledger=_ledger(record),
         ledger_intro=_ledger_intro(record),
@@ -104,6 +102,7 @@ def render_page(record: Record, plots: Mapping[str, bytes]) -> str:
         definitions=definitions(record),
         facts=[("Settings", settings(record)), ("Environment", environment(record))],
         limits=limits(record),
+        forgetting=forgetting_parts(record["forgetting"], plots) if record.get("forgetting") else None,
         colours=ROLE_COLOURS,
     )
 
@@ -117,33 +116,12 @@ def write_page(record: Record, folder: Path) -> Path:
     """
     check_record(record)
     plots = draw_plots(record)
-    html = render_page(record, plots)
-    for name, image in plots.items():
-        write_bytes(Path(folder) / f"{name}.png", image)
-    return write_bytes(Path(folder) / "page.html", html.encode())
-
-
-@cache
-def _template() -> Template:
-    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters["tied"] = _tied
-    return jinja.from_string(resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
-
-
-def _tied(text: str) -> str:
-    """The text with a number and its unit kept on one line."""
-    return re.sub(r"(?<=\d) (?=(?:%|s|min|h|MiB)(?!\w))", "\u00a0", text)
-
-
-def _title_parts(sentence: str) -> list[str]:
-    """The finding as the two lines it is read in: what it saved, and what that cost."""
-    first, semicolon, rest = sentence.partition("; ")
-    return [f"{first};", rest] if semicolon else [first]
-
-
-def _plot(title: str, image: bytes | None) -> dict[str, str]:
-    source = "" if image is None else f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    return {"alt": f"{title}.", "source": source}
+    if record.get("forgetting"):
+        plots |= draw_forgetting(record["forgetting"])
+    page = render_page(record, plots)
+    for name, drawn in plots.items():
+        write_bytes(Path(folder) / f"{name}.png", drawn)
+    return write_bytes(Path(folder) / "page.html", page.encode())
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
