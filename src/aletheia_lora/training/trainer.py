@@ -20,7 +20,7 @@ from ..errors import NonFiniteLossError, PlanError
 from ..fast_lora import FastLora
 from ..loss import labelled_loss
 from ..planning import Plan
-from ..quantized import check_gradients_pass, gradients_kept
+from ..quantized import check_gradients_pass, check_quantizer_trains, gradients_kept
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .truncation import Truncation, backward_depth
 from .unpadded import Unpadded
@@ -108,7 +108,7 @@ class SFTTrainer(trl.SFTTrainer):
             plan.check_fits(model)
             model = attach(model, plan.anatomy, plan.ranks, plan.options.adapter, seed=args.seed)
         try:
-            with warnings.catch_warnings(), _adapters_in_their_dtype(model):
+            with warnings.catch_warnings(), _on_packed_weights(model):
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 super().__init__(
                     model=model,
@@ -262,8 +262,9 @@ class _Shortcuts(TrainerCallback):
 
 
 @contextlib.contextmanager
-def _adapters_in_their_dtype(model: Any) -> Iterator[None]:
-    """Undo that TRL rounds adapters on packed weights to bfloat16: PEFT trains them in float32, so all arms do."""
+def _on_packed_weights(model: Any) -> Iterator[None]:
+    """Refuse a format that cannot train; undo that TRL rounds adapters to bfloat16, which PEFT trains in float32."""
+    check_quantizer_trains(model)
     trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     yield
     for parameter, data in trainable:
