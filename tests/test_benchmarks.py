@@ -244,6 +244,7 @@ def test_the_committed_records_make_their_table(name):
     assert set(json.loads((BENCHMARKS / name / "environment.json").read_text())) > {"torch", "transformers"}
     if name == "quantized":
         measured = [record for record in records if "spearman" in record]
-        assert measured and [record["format"] for record in measured if not module.holds(record)] == []
+        failed = {record["format"] for record in measured if not module.holds(record)}
+        assert failed == {"hqq_int4"}  # as its README says
         assert {record["num_modules"] for record in measured} == {210}
         assert all(record["shapes"] == records[0]["shapes"] for record in measured)

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -343,3 +344,14 @@ def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(folder, t
         load_model(configuration({**config, "quantization": "nf4"}), lambda _line: None)
     model, _ = load_model(configuration(config), lambda _line: None)
     assert {module.storage for module in anatomy(model).modules} == {"quantized"}
+
+
+def test_a_format_that_transformers_does_not_train_is_refused_and_the_model_given_back(tmp_path):
+    rows, model = tokenize(word_rows(12), word_tokenizer()), build("llama")
+    made = plan(model, rows, tokenizer=word_tokenizer(), rank=4, probe_batches=2)
+    model.hf_quantizer = SimpleNamespace(is_trainable=False, quantization_config=SimpleNamespace(quant_method="gguf"))
+    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    with pytest.raises(UnsupportedModelError, match=r"does not train models that it loaded from gguf\. Copy"):
+        SFTTrainer(model, args, plan=made, train_dataset=rows, processing_class=word_tokenizer())
+    del model.hf_quantizer
+    assert anatomy(model) == made.anatomy and all(parameter.requires_grad for parameter in model.parameters())

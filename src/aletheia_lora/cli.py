@@ -7,6 +7,7 @@ are always the same word.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ DEMO: dict[str, Any] = {
 
 def main() -> None:
     """Entry point of the command ``aletheia``."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels that nothing here misses
     try:
         code = app(standalone_mode=False)
         if code == 130:

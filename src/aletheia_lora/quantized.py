@@ -126,3 +126,18 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
         logger.setLevel(level)
         for module, flag in zip(modules, flags, strict=True):
             module.support_avx512bf16_for_cpu = flag
+
+
+def check_quantizer_trains(model: Any) -> None:
+    """Check that transformers lets a model in this format train, before anything is put on it.
+
+    Raises:
+        UnsupportedModelError: If it does not, as for GGUF files, whose weights it unpacks while loading.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not getattr(quantizer, "is_trainable", True):
+        method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", type(quantizer).__name__)
+        raise UnsupportedModelError(
+            f"transformers does not train models that it loaded from {getattr(method, 'value', method)}. Copy the "
+            "weights into a model built from the configuration without quantization_config, or load another format."
+        )

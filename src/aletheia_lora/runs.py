@@ -5,7 +5,6 @@ Commands differ from library calls only in that they load the model and the data
 
 from __future__ import annotations
 
-import logging
 import mmap
 from collections import Counter
 from collections.abc import Callable
@@ -219,7 +218,6 @@ def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says of every module that inputs are cast
     say(f"loading {_shown(config, 'model')}")
     device = device_of(config)
     if config.model == EMBEDDED:

@@ -22,7 +22,7 @@ from ..loss import labelled_loss
 from ..placement import input_device
 from ..planning import Plan
 from ..processes import check_same, digest, gather, is_main, on_any
-from ..quantized import check_gradients_pass, gradients_kept
+from ..quantized import check_gradients_pass, check_quantizer_trains, gradients_kept
 from .engine import check_engine, engine_of, in_forward_of, local, sharded_loading
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .truncation import Truncation, backward_depth
@@ -125,7 +125,7 @@ class SFTTrainer(trl.SFTTrainer):
                 full_precision=not zero3,  # ZeRO-3 gathers weights of one dtype only
             )
         try:
-            with warnings.catch_warnings(), _adapters_in_their_dtype(model):
+            with warnings.catch_warnings(), _on_packed_weights(model):
                 warnings.filterwarnings("ignore", category=FutureWarning)
                 super().__init__(
                     model=model,
@@ -304,8 +304,9 @@ class _Shortcuts(TrainerCallback):
 
 
 @contextlib.contextmanager
-def _adapters_in_their_dtype(model: Any) -> Iterator[None]:
-    """Undo that TRL rounds adapters on packed weights to bfloat16: PEFT trains them in float32, so all arms do."""
+def _on_packed_weights(model: Any) -> Iterator[None]:
+    """Refuse a format that cannot train; undo that TRL rounds adapters to bfloat16, which PEFT trains in float32."""
+    check_quantizer_trains(model)
     trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     yield
     for parameter, data in trainable:
