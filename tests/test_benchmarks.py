@@ -1,3 +1,4 @@
+import ast
 import importlib.util
 import json
 import sys
@@ -248,3 +249,34 @@ def test_the_committed_records_make_their_table(name):
         assert failed == {"hqq_int4"}  # as its README says
         assert {record["num_modules"] for record in measured} == {210}
         assert all(record["shapes"] == records[0]["shapes"] for record in measured)
+# --- sandbox ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def boxed():
+    return script("sandbox/run.py")
+
+
+def test_the_sandboxs_readme_shows_what_its_records_say(boxed):
+    folder = BENCHMARKS / "sandbox"
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    facts = json.loads((folder / "environment.json").read_text())
+    assert boxed.table(records, facts) in (folder / "README.md").read_text()
+
+
+def test_a_program_with_another_verdict_in_the_box_is_listed(boxed):
+    names = [f"HumanEval/{number}" for number in range(4)]
+    of = {"plain": ["passed", 0.1], "split": ["passed", 0.3, "split"], "shared": ["passed", 0.2, "shared"]}
+    records = [{"task_id": name, "program": "canonical", **of} for name in names]
+    records[2] = {**records[2], "split": ["not_plain", 0.3, "split"]}
+    facts = {"checked": {"a": "held"}, "self_check_seconds": 2, "cores": 2, "load_average": 1.0}
+    table = boxed.table(records, {**facts, "bwrap": "", "interpreter": ""})
+    assert "split: 1 of 4 verdicts differ from the plain process. HumanEval/2 canonical (passed, not_plain)" in table
+    assert "shared: 0 of 4" in table and "| extra seconds, median | 0 | 0.200 | 0.100 |" in table
+
+
+@pytest.mark.parametrize("body", ["    return x + 1\n", "    return 3\n", "    return x < 1\n"])
+def test_a_mutant_is_another_program(boxed, body):
+    row = {"prompt": 'def f(x):\n    """Doc."""\n', "canonical_solution": body, "entry_point": "f"}
+    changed = boxed.mutant(row)
+    assert ast.dump(ast.parse(row["prompt"] + body)) != ast.dump(ast.parse(changed))
