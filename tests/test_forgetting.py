@@ -12,13 +12,13 @@ from scipy import stats
 from aletheia_lora.errors import DataError
 from aletheia_lora.evaluation.forgetting import forgetting_report
 from aletheia_lora.evaluation.items import ItemResult
-from forgetting_items import ABOUT, BENCHMARKS, answer, answers_to, sha, study
+from forgetting_items import ABOUT, GROUPS, answer, answers_to, sha, study
 
 LABELS = ("base", "uniform", "selected")
 
 
 def report(results: list[ItemResult], **more: Any) -> dict[str, Any]:
-    return forgetting_report(results, **{"margin": 2.0, "loss_margin": 0.02, "benchmarks": BENCHMARKS, **more})
+    return forgetting_report(results, **{"margin": 2.0, "loss_margin": 0.02, "groups": GROUPS, **more})
 
 
 def entry(record: dict[str, Any], task: str, label: str) -> dict[str, Any]:
@@ -128,16 +128,16 @@ def test_the_same_adapter_twice_raises_an_alarm_in_at_most_5_of_100_studies() ->
     """Two evaluations that differ by noise alone, on two benchmarks; an alarm is any verdict of more or less."""
     rng = np.random.default_rng(0)
     alarms = 0
-    for _ in range(300):
+    for _ in range(200):
         results = []
-        for task, size in (("a", 60), ("b", 40)):
+        for task, size in (("a", 40), ("b", 30)):
             ability = rng.uniform(size=size)
             for label in LABELS:
                 results += answers_to(label, task, (rng.uniform(size=size) < ability).astype(float))
         record = report(results)
         verdicts = [entry(record, task, "selected")["extra"]["verdict"] for task in ("a", "b")]
         alarms += bool({"more", "less"} & set(verdicts))
-    assert alarms <= 0.05 * 300
+    assert alarms <= 0.05 * 200
 
 
 # --- gaps and refusals ------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def without(results: list[ItemResult], label: str, task: str, count: int | None 
 
 def test_a_missing_item_is_refused_or_left_out_of_every_label_and_counted() -> None:
     results = without(study(texts=0), "uniform", "humaneval", 3)
-    with pytest.raises(DataError, match="uniform has not answered 3 of 100 items of humaneval, such as .* / 0000"):
+    with pytest.raises(DataError, match=r"uniform has not answered 3 of 100 items of humaneval, such as .* / 0000"):
         report(results)
     record = report(results, missing="leave_out")
     assert [entry(record, "humaneval", label)["n"] for label in LABELS] == [97, 97, 97]
