@@ -1,8 +1,10 @@
 """What was forgotten, item by item: the definitions, the gaps, the verdicts, and no alarm where nothing differs."""
 
 import json
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,6 +140,22 @@ def test_the_same_adapter_twice_raises_an_alarm_in_at_most_5_of_100_studies() ->
         verdicts = [entry(record, task, "selected")["extra"]["verdict"] for task in ("a", "b")]
         alarms += bool({"more", "less"} & set(verdicts))
     assert alarms <= 0.05 * 120
+
+
+def test_the_committed_simulation_keeps_its_rule_and_draws_the_same_studies_again() -> None:
+    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "false_alarms"
+    module = runpy.run_path(str(folder / "run.py"))
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    shares = {(one["kind"], one["statement"]): one["count"] / one["n"] for one in records}
+    slack = 2 * (0.05 * 0.95 / records[0]["n"]) ** 0.5
+    assert shares["one adapter twice", "alarm"] <= 0.05 + slack
+    assert all(shares["at the margin", f"equal, {task}"] <= 0.05 + slack for task in ("mmlu", "gsm8k", "humaneval"))
+    told: list[str] = []
+    first, again = (module["simulate"](5, 0, told.append) for _ in range(2))
+    assert first == again
+    assert told[0] == "one adapter twice: 5 studies"
+    assert {(one["kind"], one["statement"]) for one in first} == set(shares)
+    assert module["table"](records).count("\n") == len(records) + 1
 
 
 # --- gaps and refusals ------------------------------------------------------------------------------------------------

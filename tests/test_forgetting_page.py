@@ -24,7 +24,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, Any]:
-    return forgetting_report(study(repeat=True), margin=2.0, loss_margin=0.02, repeat="selected_again", groups=GROUPS, about=ABOUT)
+    return forgetting_report(
+        study(repeat=True), margin=2.0, loss_margin=0.02, repeat="selected_again", groups=GROUPS, about=ABOUT
+    )
 
 
 @pytest.fixture
