@@ -15,7 +15,7 @@ ABOUT = {
 }
 SHIFTS = {"uniform": 0.03, "selected": 0.023, "random": 0.05}
 """Nats per token that plain text costs more after tuning."""
-BENCHMARKS = {f"mmlu_subject_{index}": "mmlu" for index in range(57)}
+GROUPS = {"mmlu": [f"mmlu_subject_{index}" for index in range(57)], "mmlu_part": ["mmlu_subject_0", "mmlu_subject_1"]}
 
 
 def sha(*parts: object) -> str:
@@ -61,7 +61,7 @@ def study(
     extra_loss: float = 0.0,
     subjects: int = 57,
     texts: int = 60,
-    repeat: bool = True,
+    repeat: bool = False,
 ) -> list[ItemResult]:
     """Base, uniform, selected and a control on mmlu by subjects, on plain benchmarks, and on plain text.
 

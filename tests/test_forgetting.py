@@ -1,8 +1,10 @@
 """What was forgotten, item by item: the definitions, the gaps, the verdicts, and no alarm where nothing differs."""
 
 import json
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,13 @@ from scipy import stats
 from aletheia_lora.errors import DataError
 from aletheia_lora.evaluation.forgetting import forgetting_report
 from aletheia_lora.evaluation.items import ItemResult
-from forgetting_items import ABOUT, BENCHMARKS, answer, answers_to, sha, study
+from forgetting_items import ABOUT, GROUPS, answer, answers_to, sha, study
 
 LABELS = ("base", "uniform", "selected")
 
 
 def report(results: list[ItemResult], **more: Any) -> dict[str, Any]:
-    return forgetting_report(results, **{"margin": 2.0, "loss_margin": 0.02, "benchmarks": BENCHMARKS, **more})
+    return forgetting_report(results, **{"margin": 2.0, "loss_margin": 0.02, "groups": GROUPS, **more})
 
 
 def entry(record: dict[str, Any], task: str, label: str) -> dict[str, Any]:
@@ -128,16 +130,32 @@ def test_the_same_adapter_twice_raises_an_alarm_in_at_most_5_of_100_studies() ->
     """Two evaluations that differ by noise alone, on two benchmarks; an alarm is any verdict of more or less."""
     rng = np.random.default_rng(0)
     alarms = 0
-    for _ in range(300):
+    for _ in range(120):
         results = []
-        for task, size in (("a", 60), ("b", 40)):
+        for task, size in (("a", 40), ("b", 30)):
             ability = rng.uniform(size=size)
             for label in LABELS:
                 results += answers_to(label, task, (rng.uniform(size=size) < ability).astype(float))
         record = report(results)
         verdicts = [entry(record, task, "selected")["extra"]["verdict"] for task in ("a", "b")]
         alarms += bool({"more", "less"} & set(verdicts))
-    assert alarms <= 0.05 * 300
+    assert alarms <= 0.05 * 120
+
+
+def test_the_committed_simulation_keeps_its_rule_and_draws_the_same_studies_again() -> None:
+    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "false_alarms"
+    module = runpy.run_path(str(folder / "run.py"))
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    shares = {(one["kind"], one["statement"]): one["count"] / one["n"] for one in records}
+    slack = 2 * (0.05 * 0.95 / records[0]["n"]) ** 0.5
+    assert shares["one adapter twice", "alarm"] <= 0.05 + slack
+    assert all(shares["at the margin", f"equal, {task}"] <= 0.05 + slack for task in ("mmlu", "gsm8k", "humaneval"))
+    told: list[str] = []
+    first, again = (module["simulate"](5, 0, told.append) for _ in range(2))
+    assert first == again
+    assert told[0] == "one adapter twice: 5 studies"
+    assert {(one["kind"], one["statement"]) for one in first} == set(shares)
+    assert module["table"](records).count("\n") == len(records) + 1
 
 
 # --- gaps and refusals ------------------------------------------------------------------------------------------------
@@ -150,7 +168,7 @@ def without(results: list[ItemResult], label: str, task: str, count: int | None 
 
 def test_a_missing_item_is_refused_or_left_out_of_every_label_and_counted() -> None:
     results = without(study(texts=0), "uniform", "humaneval", 3)
-    with pytest.raises(DataError, match="uniform has not answered 3 of 100 items of humaneval, such as .* / 0000"):
+    with pytest.raises(DataError, match=r"uniform has not answered 3 of 100 items of humaneval, such as .* / 0000"):
         report(results)
     record = report(results, missing="leave_out")
     assert [entry(record, "humaneval", label)["n"] for label in LABELS] == [97, 97, 97]

@@ -16,7 +16,7 @@ from aletheia_lora.report.forgetting_page import render_forgetting, write_forget
 from aletheia_lora.report.forgetting_plots import draw_forgetting, forgetting_titles
 from aletheia_lora.report.page import render_page, write_page
 from aletheia_lora.report.words import visible
-from forgetting_items import ABOUT, BENCHMARKS, study
+from forgetting_items import ABOUT, GROUPS, study
 from report_record import HOSTILE, Page, make_record
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -25,7 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="module")
 def made() -> dict[str, Any]:
     return forgetting_report(
-        study(), margin=2.0, loss_margin=0.02, repeat="selected_again", benchmarks=BENCHMARKS, about=ABOUT
+        study(repeat=True), margin=2.0, loss_margin=0.02, repeat="selected_again", groups=GROUPS, about=ABOUT
     )
 
 
@@ -78,7 +78,7 @@ def test_table_has_a_row_for_every_benchmark_and_model(record: dict[str, Any]) -
 def test_a_gap_is_shown_as_one() -> None:
     results = [item for item in study(texts=0, subjects=2) if (item.label, item.task) != ("selected", "humaneval")]
     results = [item for item in results if (item.label, item.task, item.item_id) != ("base", "gsm8k", "0007")]
-    record = forgetting_report(results, margin=2.0, missing="leave_out", benchmarks=BENCHMARKS, repeat="selected_again")
+    record = forgetting_report(results, margin=2.0, missing="leave_out", groups=GROUPS)
     rows = forgetting_table(record)
     assert [row["Items"] for row in rows if row["Model"] == "selected layers"] == [
         "40 in 2 groups",
@@ -95,7 +95,7 @@ def test_a_gap_is_shown_as_one() -> None:
 def test_cut_answers_make_the_page_object() -> None:
     results = study(texts=0, subjects=0)
     cut = [replace(item, stop_reason="length") if item.label == "selected" else item for item in results]
-    text = Page(render_forgetting(forgetting_report(cut, margin=2.0, repeat="selected_again"), {})).text
+    text = Page(render_forgetting(forgetting_report(cut, margin=2.0), {})).text
     assert re.search(r"differs\s*gsm8k: answers or .* cut .*base model 0, uniform LoRA 0, selected layers 660", text)
 
 
@@ -131,8 +131,9 @@ def test_titles_say_the_finding(record: dict[str, Any]) -> None:
         "Selected layers against uniform LoRA on 3 benchmarks: 1 equal within 2 points, 2 not decided"
     )
     assert titles["forgetting"].startswith("Most was forgotten on ")
-    assert re.fullmatch(r"The selected layers forgot 0\.\d+ nats (more|less) than uniform .* nats",
-                        titles["extra_forgetting_loss"])
+    assert re.fullmatch(
+        r"The selected layers forgot 0\.\d+ nats (more|less) than uniform .* nats", titles["extra_forgetting_loss"]
+    )
 
 
 def test_a_comparison_with_a_forgetting_record_shows_it_on_its_page(record: dict[str, Any], tmp_path: Path) -> None:

@@ -96,6 +96,14 @@ def test_a_weighted_mean_is_the_ratio_of_sums() -> None:
     assert alike.interval.low == pytest.approx(plain.interval.low, rel=1e-12)
 
 
+@pytest.mark.parametrize("n", [5, 9, 30])
+def test_wilcoxon_with_ties_is_scipys(n: int) -> None:
+    differences = np.random.default_rng(n).integers(-3, 5, size=n).astype(float)
+    moved = differences[differences != 0]
+    found = paired_difference(differences, np.zeros(n)).wilcoxon_p_value
+    assert found == pytest.approx(stats.wilcoxon(moved).pvalue, rel=1e-9)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_mcnemar_is_the_binomial_test_of_the_changed_pairs(seed: int) -> None:
     values, references = answers(np.random.default_rng(seed), 80, 0.2, 0.1)

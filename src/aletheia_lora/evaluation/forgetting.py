@@ -67,7 +67,7 @@ def forgetting_report(
     uniform: str = "uniform",
     selected: str = "selected",
     repeat: str | None = None,
-    benchmarks: Mapping[str, str] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
     metrics: Mapping[str, str] | None = None,
     missing: str = "refuse",
     confidence: float = 0.95,
@@ -88,8 +88,8 @@ def forgetting_report(
         uniform: Label of the reference.
         selected: Label of the selection.
         repeat: Label of a second evaluation of one of these adapters, in another order and batch size: the noise floor.
-        benchmarks: Leaf task -> the benchmark it is a part of (``mmlu_anatomy`` -> ``mmlu``). Leaves of one benchmark
-            are its groups of items. A task that is not named stands alone.
+        groups: Benchmark -> its leaf tasks (``mmlu`` -> ``mmlu_anatomy``, ...). Items of one leaf may move together.
+            A leaf of several groups counts in the largest; a task of none is a benchmark of its own.
         metrics: Benchmark -> the score to use, where its items have several. Higher is better, 0 to 1.
         missing: A key of ``MISSING``.
         confidence: Of the intervals.
@@ -119,7 +119,7 @@ def forgetting_report(
     )
     _check_prompts(answers)
     tasks = []
-    for name, own in _by_benchmark(answers, benchmarks or {}).items():
+    for name, own in _by_benchmark(answers, groups or {}).items():
         tasks.append(_task(name, own, _metric(name, own, (metrics or {}).get(name)), rules))
     _correct(tasks, selected, alpha)
     return {
@@ -156,14 +156,14 @@ def _by_label(results: Iterable[ItemResult]) -> dict[str, Answers]:
     return answers
 
 
-def _by_benchmark(
-    answers: Mapping[str, Answers], benchmarks: Mapping[str, str]
-) -> dict[str, dict[str, Answers]]:
+def _by_benchmark(answers: Mapping[str, Answers], groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Answers]]:
     """The answers of every label, benchmark by benchmark, in order of appearance."""
+    by_size = sorted(groups, key=lambda group: len(groups[group]))
+    benchmark_of = {leaf: group for group in by_size for leaf in groups[group]}
     split: dict[str, dict[str, Answers]] = {}
     for label, found in answers.items():
         for key, item in found.items():
-            own = split.setdefault(benchmarks.get(item.task, item.task), {name: {} for name in answers})
+            own = split.setdefault(benchmark_of.get(item.task, item.task), {name: {} for name in answers})
             own[label][key] = item
     return split
 

@@ -27,6 +27,8 @@ from .records import EffectSize, Equivalence, Holm, Interval, McNemar, PairedDif
 CONFIDENCE = 0.95
 ALPHA = 0.05
 NUM_RESAMPLES = 9999
+MAX_SIGNS = 13
+"""Up to this many pairs, Wilcoxon's test with ties goes through all signs."""
 
 
 def paired_difference(
@@ -253,6 +255,16 @@ def _tail(distance: float, error: float, dof: int) -> float:
 
 
 def _wilcoxon(differences: Floats) -> float:
-    """Two-sided p-value of Wilcoxon's signed-rank test; pairs without a difference are left out."""
+    """Two-sided p-value of Wilcoxon's signed-rank test; pairs without a difference are left out.
+
+    With few pairs and ties, all signs are tried, as SciPy does one by one.
+    """
     moved = differences[differences != 0]
-    return float(stats.wilcoxon(moved).pvalue) if len(moved) else 1.0
+    size = np.abs(moved)
+    if not len(moved):
+        return 1.0
+    if len(moved) > MAX_SIGNS or len(np.unique(size)) == len(size):
+        return float(stats.wilcoxon(moved).pvalue)
+    ranks = stats.rankdata(size)
+    signs = 1 - 2 * (np.arange(2 ** len(moved))[:, np.newaxis] >> np.arange(len(moved)) & 1)
+    return float(np.mean(np.abs(signs @ ranks) >= abs(np.sign(moved) @ ranks) - 1e-9))
