@@ -13,7 +13,7 @@ import uuid
 import pytest
 
 from aletheia_lora.evaluation.sandbox import CodeProblem, Limits, Sandbox
-from aletheia_lora.evaluation.self_check import ATTACKS, Attack, attacks, laid_out, processes_with
+from aletheia_lora.evaluation.self_check import ATTACKS, VERDICTS, Attack, attacks, laid_out, processes_with
 
 SQUARE = CodeProblem(
     task_id="square",
@@ -38,14 +38,10 @@ def outside():
         assert not canaries.touched()
 
 
-# --- what the self-check tries, here one by one -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", attacks(next(laid_out.__wrapped__()), SMALL))
-def test_an_attack_of_the_self_check_is_held(sandbox, outside, name):
-    attack = attacks(outside, SMALL)[name]
-    verdict = sandbox._run(attack.problem(), ATTACKS.read_text(), SMALL)
-    assert verdict.reason == (attack.end or "passed"), verdict
+def test_the_self_check_names_every_attack_and_how_it_ended(sandbox, outside):
+    ended = {name: f"ended: {attack.end}" if attack.end else "held" for name, attack in attacks(outside, SMALL).items()}
+    assert len(ended) == 15
+    assert sandbox.checked == {**{name: due for name, (_, due) in VERDICTS.items()}, **ended}
 
 
 # --- bombs --------------------------------------------------------------------------------------------------------
@@ -226,7 +222,7 @@ def test_a_shared_interpreter_can_be_deceived_and_says_that_it_is_shared(sandbox
     shared = Sandbox(mode="shared", limits=SMALL)
     shared.checked = sandbox.checked
     verdicts = {name: shared.run(SQUARE, f"\nLINE = {LINE!r}\n{program}") for name, program in FORGERIES.items()}
-    assert {verdict.mode for verdict in verdicts.values()} == {"shared"}
+    assert all(verdict.mode == "shared" and verdict.forgeable for verdict in verdicts.values())
     assert verdicts["equal to everything"].passed and verdicts["frames are searched"].reason == "wrong"
     for name in ("exit code 0", "an exit while loading", "passed is printed", "a verdict on every descriptor"):
         assert not verdicts[name].passed

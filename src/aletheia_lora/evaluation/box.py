@@ -346,8 +346,7 @@ class Box:
                 signal.pidfd_send_signal(self.first_fd, signal.SIGKILL)
             select.select([self.first_fd], [], [])
             os.close(self.first_fd)
-        else:
-            self.process.kill()
+        self.process.kill()
         self.process.wait()
         self.read_output()  # a pipe holds no more than this
         os.close(self.output_fd)

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -79,9 +79,7 @@ class Prepared:
     options: EvaluationOptions
     loaded: LoadedTasks
     sandbox: Sandbox | None
-    """Where programs run; None where no task has any."""
-    attacks: Mapping[str, str]
-    """What the sandbox withstood before anything was generated."""
+    """Where programs run, checked; None where no task has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +112,15 @@ def prepare(options: EvaluationOptions, *, sandbox: Sandbox | None = None) -> Pr
         num_fewshot=options.num_fewshot,
     )
     if not loaded.code_tasks:
-        return Prepared(options, loaded, None, {})
+        return Prepared(options, loaded, None)
     if not options.allow_code:
         raise ConfigError(
             f"{', '.join(loaded.code_tasks)} runs programs that the model writes. Give allow_code to agree: they run "
             "in a sandbox without network. Nothing was generated."
         )
     sandbox = Sandbox() if sandbox is None else sandbox
-    return Prepared(options, loaded, sandbox, sandbox.check_self())
+    sandbox.check_self()
+    return Prepared(options, loaded, sandbox)
 
 
 def evaluate(
@@ -252,7 +251,7 @@ def _what_was_asked(prepared: Prepared, items: Sequence[Item]) -> dict[str, Any]
         "groups": {name: list(members) for name, members in loaded.groups.items()},
         "sources": dict(loaded.sources),
         "notes": list(loaded.notes),
-        "sandbox": dict(prepared.attacks),
+        "sandbox": None if prepared.sandbox is None else prepared.sandbox.describe(),
     }
 
 

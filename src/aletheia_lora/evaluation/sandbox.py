@@ -59,12 +59,16 @@ class Verdict:
     detail: str = ""
     """The error or exit code behind the reason."""
     mode: Mode
-    """``split``: the program never shared an interpreter with its test. ``shared``: it did, so the verdict is
-    forgeable by a program written to do so."""
+    """``split``: the program never shared an interpreter with its test. ``shared``: it did."""
     seconds: float
     """Wall time of the whole run, box included."""
     output_tail: str
     """The end of what the program printed."""
+
+    @property
+    def forgeable(self) -> bool:
+        """Whether the program could have made this verdict itself: count such ones, and say how many there are."""
+        return self.mode == "shared"
 
 
 class Sandbox:
