@@ -156,9 +156,6 @@ def evaluate(
         DataError: If a log-likelihood is not a finite number.
         OutputError: If the disk is full; answers that were kept are found again.
     """
-    with quiet():
-        from .language_model import LanguageModel  # slow to import
-
     options = prepared.options
     check_writable(output)
     if options.chat_template and not getattr(tokenizer, "chat_template", None):
@@ -176,9 +173,7 @@ def evaluate(
         started = time.perf_counter()
         with _on(model, folders.get(label)) as subject, evaluating(subject):
             with quiet():
-                lm = LanguageModel(
-                    subject, tokenizer, batch_size=options.eval_batch_size, max_new_tokens=options.max_new_tokens
-                )
+                lm = language_model(subject, tokenizer, options)
                 items = items or build_items(prepared.loaded, lm, options)
             asking = {"adapter": digests[label], "batch_size": lm.batch_size, "max_new_tokens": options.max_new_tokens}
             cache = AnswerCache(output / "answers", {**identity, **asking, "max_length": lm.max_length})
@@ -207,6 +202,13 @@ def evaluate(
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------
+
+
+def language_model(model: Any, tokenizer: Any, options: EvaluationOptions) -> Any:
+    """The model as the harness wants it."""
+    from .language_model import LanguageModel  # slow to import
+
+    return LanguageModel(model, tokenizer, batch_size=options.eval_batch_size, max_new_tokens=options.max_new_tokens)
 
 
 def build_items(loaded: LoadedTasks, lm: Any, options: EvaluationOptions) -> list[Item]:

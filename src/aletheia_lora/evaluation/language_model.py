@@ -372,7 +372,8 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         if state is None:
             return State(cache, mask_BT, logits_BV)
         width = max(state.mask_BT.shape[1], mask_BT.shape[1])
-        for mine, other in zip(state.cache.layers, cache.layers, strict=True):
+        layers: Any = zip(state.cache.layers, cache.layers, strict=True)
+        for mine, other in layers:
             mine.keys = torch.cat([_widened(mine.keys, width), _widened(other.keys, width)])
             mine.values = torch.cat([_widened(mine.values, width), _widened(other.values, width)])
         masks = [functional.pad(mask, (width - mask.shape[1], 0)) for mask in (state.mask_BT, mask_BT)]
