@@ -1,3 +1,4 @@
+import ast
 import importlib.util
 import json
 import sys
@@ -227,3 +228,36 @@ def test_runs_that_never_get_there_or_fail_stay_in_the_table(to_loss):
     assert "never in 1.20 (1.1000)" in table
     assert "seed 2 failed: RuntimeError: out of luck" in table
     assert "1 of 2 reached it; 1 failed" in table
+
+
+# --- sandbox ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def boxed():
+    return script("sandbox/run.py")
+
+
+def test_the_sandboxs_readme_shows_what_its_records_say(boxed):
+    folder = BENCHMARKS / "sandbox"
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    facts = json.loads((folder / "environment.json").read_text())
+    assert boxed.table(records, facts) in (folder / "README.md").read_text()
+
+
+def test_a_program_with_another_verdict_in_the_box_is_listed(boxed):
+    names = [f"HumanEval/{number}" for number in range(4)]
+    of = {"plain": ["passed", 0.1], "split": ["passed", 0.3, "split"], "shared": ["passed", 0.2, "shared"]}
+    records = [{"task_id": name, "program": "canonical", **of} for name in names]
+    records[2] = {**records[2], "split": ["not_plain", 0.3, "split"]}
+    facts = {"checked": {"a": "held"}, "self_check_seconds": 2, "cores": 2, "load_average": 1.0}
+    table = boxed.table(records, {**facts, "bwrap": "", "interpreter": ""})
+    assert "split: 1 of 4 verdicts differ from the plain process. HumanEval/2 canonical (passed, not_plain)" in table
+    assert "shared: 0 of 4" in table and "| extra seconds, median | 0 | 0.200 | 0.100 |" in table
+
+
+@pytest.mark.parametrize("body", ["    return x + 1\n", "    return 3\n", "    return x < 1\n"])
+def test_a_mutant_is_another_program(boxed, body):
+    row = {"prompt": 'def f(x):\n    """Doc."""\n', "canonical_solution": body, "entry_point": "f"}
+    changed = boxed.mutant(row)
+    assert ast.dump(ast.parse(row["prompt"] + body)) != ast.dump(ast.parse(changed))

@@ -296,6 +296,13 @@ def test_a_named_bubblewrap_that_is_none_is_refused(tmp_path):
         Sandbox(bwrap=tmp_path / "bwrap")
 
 
+def test_an_unknown_mode_and_a_missing_limit_are_refused():
+    with pytest.raises(ValueError, match="mode='fast', expected one of split, shared"):
+        Sandbox(mode="fast")
+    with pytest.raises(ValueError, match="memory_bytes=0"):
+        Limits(memory_bytes=0)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

@@ -113,7 +113,7 @@ def test_no_folder_of_a_user_and_no_process_is_to_be_seen(sandbox):
 
 
 def test_two_runs_see_nothing_of_each_other(sandbox):
-    write = "import time\ndef f():\n    open('/tmp/left', 'w').write('x'); open('/dev/shm/left', 'w').write('x')\n"
+    write = "import time\ndef f():\n    open('left', 'w').write('x'); open('/dev/shm/left', 'w').write('x')\n"
     write += "    time.sleep(1); return 2"
     look = "import os, time\ndef f():\n    time.sleep(0.5); return len(os.listdir('/tmp') + os.listdir('/dev/shm')) + 2"
     problem = returned("got == 2")
@@ -122,8 +122,8 @@ def test_two_runs_see_nothing_of_each_other(sandbox):
 
 
 def test_links_that_a_program_makes_are_followed_by_nobody(sandbox, outside):
-    program = f"import os\ndef f():\n    os.symlink({outside.file!r}, '/tmp/result'); os.symlink('/', '/tmp/all')\n"
-    program += "    return os.path.exists('/tmp/result')"
+    program = f"import os\ndef f():\n    os.symlink({outside.file!r}, 'result'); os.symlink('/', 'all')\n"
+    program += "    return os.path.exists('result')"
     assert sandbox.run(returned("got is False"), program).passed
 
 

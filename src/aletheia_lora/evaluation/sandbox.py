@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..errors import DataError, SandboxError
 from .box import INSTALL, Box, Limits, find_bwrap, find_interpreter
@@ -82,9 +82,12 @@ class Sandbox:
 
     Raises:
         SandboxError: If bubblewrap is missing; the message has the line that installs it.
+        ValueError: If there is no such mode.
     """
 
-    def __init__(self, *, bwrap: Path | None = None, limits: Limits | None = None, mode: Mode = "split") -> None:
+    def __init__(self, *, bwrap: str | Path | None = None, limits: Limits | None = None, mode: Mode = "split") -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode={mode!r}, expected one of {', '.join(get_args(Mode))}.")
         self.bwrap = find_bwrap(bwrap)
         self.interpreter = find_interpreter()
         self.limits = limits or Limits()
