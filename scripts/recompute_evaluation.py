@@ -62,6 +62,7 @@ def complaints(record, items):
             "empty": share(mine, lambda item: not item["response"].strip()),
             "capped": share(mine, lambda item: item["stop_reason"] == "length"),
             "truncated": sum(item["prompt_truncated"] for item in mine) / len(mine),
+            "forgeable": sum(bool(item["details"].get("forgeable")) for item in mine) / len(mine),
         }
         for kind, value in found.items():
             if differ(value, rate[kind]):

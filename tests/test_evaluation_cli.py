@@ -87,4 +87,4 @@ def test_programs_are_run_in_the_true_sandbox(rows):
     answers = [Answer(response=text, stop_reason="eos") for text in ("    return x + x\n", "    return 3\n")]
     right, wrong = judge(prepared, items, answers, label="base", digest_of_adapter=None)
     assert (right.scores, wrong.scores) == ({"pass@1": 1.0}, {"pass@1": 0.0})
-    assert right.details["mode"] == "split" and wrong.details["reason"] != "passed"
+    assert right.details["forgeable"] is False and wrong.details["reason"] != "passed"

@@ -347,7 +347,7 @@ def _program(item: Item) -> str:
 def _program_scores(task: Any, verdict: Verdict) -> tuple[dict[str, float], dict[str, Any]]:
     (metric,) = task.aggregation()
     name = {"pass_at_k": "pass@1"}.get(metric, metric)
-    details = {"reason": verdict.reason, "detail": verdict.detail, "mode": verdict.mode}
+    details = {"reason": verdict.reason, "detail": verdict.detail, "forgeable": verdict.forgeable}
     return {name: float(verdict.passed)}, details
 
 
