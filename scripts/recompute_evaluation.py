@@ -62,6 +62,7 @@ def complaints(record, items):
             "empty": share(mine, lambda item: not item["response"].strip()),
             "capped": share(mine, lambda item: item["stop_reason"] == "length"),
             "truncated": sum(item["prompt_truncated"] for item in mine) / len(mine),
+            "forgeable": sum(bool(item["details"].get("forgeable")) for item in mine) / len(mine),
         }
         for kind, value in found.items():
             if differ(value, rate[kind]):
@@ -71,7 +72,8 @@ def complaints(record, items):
 def main():
     folder = Path(sys.argv[1])
     record = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    items = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (folder / "items.jsonl").read_text(encoding="utf-8").split("\n")  # splitlines would cut inside answers
+    items = [json.loads(line) for line in lines if line]
     found = list(complaints(record, items))
     print("\n".join(found) or f"{len(record['table'])} rows of the table follow from {len(items)} items")
     sys.exit(bool(found))

@@ -31,8 +31,13 @@ class FakeSandbox:
 
     programs: tuple[Any, ...] = ()
 
+    checked = None
+
     def check_self(self):
-        return {"fork bomb": "stopped"}
+        self.checked = {"fork bomb": "stopped"}
+
+    def describe(self):
+        return {"checked": self.checked}
 
     def run_all(self, programs, *, workers=2):
         self.programs = tuple(programs)
@@ -218,7 +223,7 @@ def test_programs_are_judged_by_the_sandbox_alone(done):
     assert [item.scores for item in code] == [{"pass@1": 1.0}, {"pass@1": 0.0}]
     assert code[1].details["reason"] == "wrong answer"
     assert all(item.extracted.endswith(item.response) and item.extracted.startswith("def double") for item in code)
-    assert record["sandbox"] == {"fork bomb": "stopped"}
+    assert record["sandbox"] == {"checked": {"fork bomb": "stopped"}}
 
 
 def test_a_script_without_the_package_computes_every_number_again(done, tmp_path):

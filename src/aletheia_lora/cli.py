@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .errors import AletheiaError
 from .run_config import GROUPS, RunConfig, resolve
@@ -194,12 +193,14 @@ def _show_compare(record: dict[str, Any]) -> None:
 def _show_eval(record: dict[str, Any]) -> None:
     labels = list(record["adapters"])
     asked = {name.strip() for entry in record["options"]["tasks"] for name in entry.split(",")}
-    table = Table("task", "metric", "items", *labels)
+    rows = [["task", "metric", "items", *labels]]
     for row in record["table"]:
         if row["task"] in asked:
             cells = [_with_error(row["values"].get(label)) for label in labels]
-            table.add_row(row["task"], row["metric"], str(row["num_items"]), *cells)
-    Console().print(table)
+            rows.append([row["task"], row["metric"], str(row["num_items"]), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
     for line in [*record["notes"], *record["warnings"]]:
         print(line)
     print(f"wrote {record['output']}/evaluation.json, and every answer to items.jsonl beside it")

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -79,9 +79,7 @@ class Prepared:
     options: EvaluationOptions
     loaded: LoadedTasks
     sandbox: Sandbox | None
-    """Where programs run; None where no task has any."""
-    attacks: Mapping[str, str]
-    """What the sandbox withstood before anything was generated."""
+    """Where programs run, checked; None where no task has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +112,15 @@ def prepare(options: EvaluationOptions, *, sandbox: Sandbox | None = None) -> Pr
         num_fewshot=options.num_fewshot,
     )
     if not loaded.code_tasks:
-        return Prepared(options, loaded, None, {})
+        return Prepared(options, loaded, None)
     if not options.allow_code:
         raise ConfigError(
             f"{', '.join(loaded.code_tasks)} runs programs that the model writes. Give allow_code to agree: they run "
             "in a sandbox without network. Nothing was generated."
         )
     sandbox = Sandbox() if sandbox is None else sandbox
-    return Prepared(options, loaded, sandbox, sandbox.check_self())
+    sandbox.check_self()
+    return Prepared(options, loaded, sandbox)
 
 
 def evaluate(
@@ -157,9 +156,6 @@ def evaluate(
         DataError: If a log-likelihood is not a finite number.
         OutputError: If the disk is full; answers that were kept are found again.
     """
-    with quiet():
-        from .language_model import LanguageModel  # slow to import
-
     options = prepared.options
     check_writable(output)
     if options.chat_template and not getattr(tokenizer, "chat_template", None):
@@ -177,9 +173,7 @@ def evaluate(
         started = time.perf_counter()
         with _on(model, folders.get(label)) as subject, evaluating(subject):
             with quiet():
-                lm = LanguageModel(
-                    subject, tokenizer, batch_size=options.eval_batch_size, max_new_tokens=options.max_new_tokens
-                )
+                lm = language_model(subject, tokenizer, options)
                 items = items or build_items(prepared.loaded, lm, options)
             asking = {"adapter": digests[label], "batch_size": lm.batch_size, "max_new_tokens": options.max_new_tokens}
             cache = AnswerCache(output / "answers", {**identity, **asking, "max_length": lm.max_length})
@@ -208,6 +202,13 @@ def evaluate(
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------
+
+
+def language_model(model: Any, tokenizer: Any, options: EvaluationOptions) -> Any:
+    """The model as the harness wants it."""
+    from .language_model import LanguageModel  # slow to import
+
+    return LanguageModel(model, tokenizer, batch_size=options.eval_batch_size, max_new_tokens=options.max_new_tokens)
 
 
 def build_items(loaded: LoadedTasks, lm: Any, options: EvaluationOptions) -> list[Item]:
@@ -252,7 +253,7 @@ def _what_was_asked(prepared: Prepared, items: Sequence[Item]) -> dict[str, Any]
         "groups": {name: list(members) for name, members in loaded.groups.items()},
         "sources": dict(loaded.sources),
         "notes": list(loaded.notes),
-        "sandbox": dict(prepared.attacks),
+        "sandbox": None if prepared.sandbox is None else prepared.sandbox.describe(),
     }
 
 
@@ -346,7 +347,7 @@ def _program(item: Item) -> str:
 def _program_scores(task: Any, verdict: Verdict) -> tuple[dict[str, float], dict[str, Any]]:
     (metric,) = task.aggregation()
     name = {"pass_at_k": "pass@1"}.get(metric, metric)
-    details = {"reason": verdict.reason, "detail": verdict.detail, "mode": verdict.mode}
+    details = {"reason": verdict.reason, "detail": verdict.detail, "forgeable": verdict.forgeable}
     return {name: float(verdict.passed)}, details
 
 

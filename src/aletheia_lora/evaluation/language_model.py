@@ -5,7 +5,7 @@ Tokenization, chat template and truncation are those of the harness's ``HFLM``; 
 
 - the output head sees only positions that are scored, and log-likelihoods are found in float32;
 - the choices of an item share one pass over their common context, also where a choice has several tokens;
-- a row that has stopped leaves the batch, and its place is not computed any more;
+- a row that has stopped leaves the batch, and a waiting one takes its place;
 - all items of all tasks are sorted by length in one pool.
 
 Shape legend: B rows, T columns, N scored positions, V words of the vocabulary.
@@ -25,7 +25,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import ConfigError
 from ..loss import full_precision, head_sees_only
@@ -62,6 +64,21 @@ class Row:
     prompt_truncated: bool = False
     tokens: list[int] = field(default_factory=list)
     stop_reason: str | None = None
+
+
+@dataclass(slots=True)
+class State:
+    """What a batch has read so far."""
+
+    cache: DynamicCache
+    mask_BT: Tensor
+    logits_BV: Tensor
+    """Of each row's next token."""
+
+    @property
+    def can_join(self) -> bool:
+        """Whether other rows can be put below these: every layer keeps keys and values of all positions."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
 
 class LanguageModel(HFLM):  # type: ignore[misc]
@@ -294,7 +311,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]
                 f"a task asks for up to {length} new tokens, but the model reads {self.max_length} in all. "
                 "Give a smaller max_new_tokens."
             )
-        ids = self.tok_encode(prompt)
+        ids = self.tok_encode(prompt) or [self.prefix_token_id]
         room = self.max_length - length
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(wanted["until"], eos=eos)
@@ -302,67 +319,81 @@ class LanguageModel(HFLM):  # type: ignore[misc]
 
     def _generated(self, rows: list[Row]) -> Iterator[tuple[int, Answer]]:
         rows = sorted(rows, key=lambda row: (-len(row.ids), row.index))
-        step = self._steps if self._own_loop else self._library_steps
-        for start in range(0, len(rows), self.batch_size):
-            for row in step(rows[start : start + self.batch_size]):
-                text = self.tok_decode(row.tokens)
-                yield (
-                    row.index,
-                    Answer(
-                        response=postprocess_generated_text(text, stop=row.until, think_end_token=None),
-                        num_prompt_tokens=len(row.ids),
-                        num_response_tokens=len(row.tokens),
-                        stop_reason=row.stop_reason or "length",
-                        prompt_truncated=row.prompt_truncated,
-                    ),
-                )
+        for row in (self._steps if self._own_loop else self._library_steps)(rows):
+            text = self.tok_decode(row.tokens)
+            yield (
+                row.index,
+                Answer(
+                    response=postprocess_generated_text(text, stop=row.until, think_end_token=None),
+                    num_prompt_tokens=len(row.ids),
+                    num_response_tokens=len(row.tokens),
+                    stop_reason=row.stop_reason or "length",
+                    prompt_truncated=row.prompt_truncated,
+                ),
+            )
 
-    def _steps(self, rows: list[Row]) -> Iterator[Row]:
-        """Decode a batch token by token; a row is given out, and leaves the batch, as soon as it stops."""
-        ids_BT, mask_BT = self._left_padded([row.ids for row in rows])
-        cache = DynamicCache(config=self.model.config)
-        logits_BV = self._logits_at(
-            _last_column(mask_BT), **self._inputs(ids_BT, mask_BT), past_key_values=cache, use_cache=True
-        )
-        while True:
-            next_B = logits_BV.argmax(dim=-1)
+    def _steps(self, queue: list[Row]) -> Iterator[Row]:
+        """Decode token by token; a row that stops is given out and leaves, and waiting rows take the free places."""
+        rows: list[Row] = []
+        state: State | None = None
+        while queue or rows:
+            if queue and (state is None or (state.can_join and len(rows) <= self.batch_size // 2)):
+                free = self.batch_size - len(rows)
+                fresh, queue = queue[:free], queue[free:]
+                rows, state = rows + fresh, self._prefilled(fresh, state)
+            assert state is not None
+            next_B = state.logits_BV.argmax(dim=-1)
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 self._take(row, token)
             yield from (row for row in rows if row.stop_reason)
             going = [place for place, row in enumerate(rows) if not row.stop_reason]
             if not going:
-                return
+                rows, state = [], None
+                continue
+            mask_BT = state.mask_BT
             if len(going) < len(rows):
                 place_B = torch.tensor(going, device=self.device)
                 rows = [rows[place] for place in going]
                 next_B, mask_BT = next_B[place_B], mask_BT[place_B]
-                cache.batch_select_indices(place_B)
+                state.cache.batch_select_indices(place_B)
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], dim=1)
             inputs = self._inputs(next_B[:, None], mask_BT)
             with torch.no_grad():
-                logits_BV = self.model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+                logits_BV = self.model(**inputs, past_key_values=state.cache, use_cache=True).logits[:, -1]
+            state = State(state.cache, mask_BT, logits_BV)
 
-    def _library_steps(self, rows: list[Row]) -> Iterator[Row]:
-        """The same with the model's own ``generate``: recurrent models, and models with penalties of their own."""
+    def _prefilled(self, rows: list[Row], state: State | None) -> State:
+        """The prompts of new rows, read, below the rows that are under way."""
         ids_BT, mask_BT = self._left_padded([row.ids for row in rows])
+        cache = DynamicCache(config=self.model.config)
+        logits_BV = self._logits_at(
+            _last_column(mask_BT), **self._inputs(ids_BT, mask_BT), past_key_values=cache, use_cache=True
+        )
+        if state is None:
+            return State(cache, mask_BT, logits_BV)
+        width = max(state.mask_BT.shape[1], mask_BT.shape[1])
+        layers: Any = zip(state.cache.layers, cache.layers, strict=True)
+        for mine, other in layers:
+            mine.keys = torch.cat([_widened(mine.keys, width), _widened(other.keys, width)])
+            mine.values = torch.cat([_widened(mine.values, width), _widened(other.values, width)])
+        masks = [functional.pad(mask, (width - mask.shape[1], 0)) for mask in (state.mask_BT, mask_BT)]
+        return State(state.cache, torch.cat(masks), torch.cat([state.logits_BV, logits_BV]))
 
-        class Stop(StoppingCriteria):
-            def __call__(stop, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-                for row, token in zip(rows, input_ids[:, -1].tolist(), strict=True):
-                    if not row.stop_reason:
-                        self._take(row, token)
-                return torch.tensor([row.stop_reason is not None for row in rows], device=input_ids.device)
-
-        with torch.no_grad():
-            self.model.generate(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                max_new_tokens=max(row.max_new_tokens for row in rows),
-                stopping_criteria=StoppingCriteriaList([Stop()]),
-                pad_token_id=self.tokenizer.pad_token_id,
-                do_sample=False,
-            )
-        yield from rows
+    def _library_steps(self, queue: list[Row]) -> Iterator[Row]:
+        """The same with the model's own ``generate``: recurrent models, and models with penalties of their own."""
+        for start in range(0, len(queue), self.batch_size):
+            rows = queue[start : start + self.batch_size]
+            ids_BT, mask_BT = self._left_padded([row.ids for row in rows])
+            with torch.no_grad():
+                self.model.generate(
+                    input_ids=ids_BT,
+                    attention_mask=mask_BT,
+                    max_new_tokens=max(row.max_new_tokens for row in rows),
+                    stopping_criteria=StoppingCriteriaList([_Takes(self, rows)]),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    do_sample=False,
+                )
+            yield from rows
 
     def _take(self, row: Row, token: int) -> None:
         """One more token of a row; says why it stops, if it does."""
@@ -401,6 +432,26 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         with torch.no_grad(), head_sees_only(head, keep_BT) as seen:
             logits: Tensor = self.model(**inputs).logits
         return logits.reshape(-1, logits.shape[-1]) if seen else logits[keep_BT]
+
+
+class _Takes(StoppingCriteria):
+    """Hands every new token to its row, and tells ``generate`` which rows have stopped."""
+
+    def __init__(self, lm: LanguageModel, rows: list[Row]) -> None:
+        self.lm = lm
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Whether each row has stopped, (B,)."""
+        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.stop_reason:
+                self.lm._take(row, token)
+        return torch.tensor([row.stop_reason is not None for row in self.rows], device=input_ids.device)
+
+
+def _widened(state_BHTD: Tensor, width: int) -> Tensor:
+    """Keys or values with empty places on the left, which the mask hides."""
+    return functional.pad(state_BHTD, (0, 0, width - state_BHTD.shape[2], 0))
 
 
 def _last_column(mask_BT: Tensor) -> Tensor:

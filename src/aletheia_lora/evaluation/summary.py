@@ -53,8 +53,8 @@ def rates(items: Iterable[ItemResult]) -> list[dict[str, Any]]:
 
     Returns:
         ``label``, ``task``, ``num_items`` and the shares ``empty`` (nothing but white space was said), ``capped`` (cut
-        at the largest number of new tokens), both None where nothing was generated, and ``truncated`` (the beginning
-        of the prompt was cut off).
+        at the largest number of new tokens), both None where nothing was generated, ``truncated`` (the beginning of
+        the prompt was cut off) and ``forgeable`` (program and test shared an interpreter).
     """
     by_key: dict[tuple[str, str], list[ItemResult]] = defaultdict(list)
     for item in items:
@@ -67,6 +67,7 @@ def rates(items: Iterable[ItemResult]) -> list[dict[str, Any]]:
             "empty": _share(members, lambda item: not item.response.strip()),
             "capped": _share(members, lambda item: item.stop_reason == "length"),
             "truncated": sum(item.prompt_truncated for item in members) / len(members),
+            "forgeable": sum(bool(item.details.get("forgeable")) for item in members) / len(members),
         }
         for (label, task), members in sorted(by_key.items())
     ]
@@ -75,6 +76,7 @@ def rates(items: Iterable[ItemResult]) -> list[dict[str, Any]]:
 def warnings_of(found: Iterable[Mapping[str, Any]]) -> list[str]:
     """What a reader must know before believing a number, in words."""
     words = {"empty": "empty answers", "capped": "answers cut at the length limit", "truncated": "truncated prompts"}
+    words["forgeable"] = "verdicts that a program could forge"
     return [
         f"{rate['label']}, {rate['task']}: {rate[kind]:.0%} {name}"
         for rate in found
