@@ -57,7 +57,7 @@ def probe_job(_folder):
     return {"probe": measured.to_dict(), "few": few.to_dict(), "plan": made.to_dict()}
 
 
-def errors_job(_folder):
+def errors_job(folder):
     rank = processes.rank()
 
     def broken():
@@ -87,16 +87,14 @@ def errors_job(_folder):
     def other_rows():
         probe(build("llama"), list(batches(list(rows(seed=rank))[:4], 1, 0)))
 
-    def other_plan(made=made_plan()):
-        trainer(made if rank == 0 else made_plan(rank=8), Path(_folder))
-
     def unreadable_rows():
         plan(build("llama"), word_rows(8) if rank == 0 else [], tokenizer=word_tokenizer())
 
-    found = {work.__name__: error_of(work) for work in (broken, nan_on_one, other_model, other_shape, other_rows)}
+    found = {work.__name__: error_of(work) for work in (nan_on_one, other_model, other_shape, other_rows)}
     found["foreign"] = error_of(lambda: processes.gather(foreign, "looking"))
     found["broken"] = error_of(lambda: processes.gather(broken, "reading"))
-    # Only now do ranks differ in how many groups' calls they make: a plan of its own on each rank needs no group.
+    uniform, wider = made_plan(), made_plan(rank=8)
+    found["other_plan"] = error_of(lambda: trainer((uniform, wider)[rank], folder))
     found["unreadable_rows"] = error_of(unreadable_rows)
     return found
 
@@ -174,7 +172,9 @@ def folder_job(folder):
         folder / "adapter",
         TrainOptions(steps=2, batch_size=2, learning_rate=1e-2),
     )
-    again = error_of(lambda: train_adapter(build("llama"), word_tokenizer(), made_plan(), rows(), folder / "adapter", TrainOptions()))
+    again = error_of(
+        lambda: train_adapter(build("llama"), word_tokenizer(), made_plan(), rows(), folder / "adapter", TrainOptions())
+    )
     return {"engine": record["engine"], "again": again}
 
 

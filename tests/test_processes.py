@@ -143,6 +143,11 @@ def test_processes_that_hold_different_things_are_told_so(run, work, what):
         assert outcome[work].endswith("Load one model, and draw the same rows with the same seed, on every process.")
 
 
+def test_processes_that_would_train_by_different_plans_are_told_so(run):
+    for outcome in run("errors"):
+        assert outcome["other_plan"].startswith("ProcessError: the processes do not hold the same plan")
+
+
 def test_without_a_group_there_is_one_process_and_errors_stay_what_they_are():
     assert (processes.rank(), processes.world_size(), processes.is_main()) == (0, 1, True)
     assert processes.gather(lambda: 3, "counting") == [3] and processes.on_main(lambda: 4, "counting") == 4
@@ -154,7 +159,13 @@ def test_without_a_group_there_is_one_process_and_errors_stay_what_they_are():
 
 # --- training -----------------------------------------------------------------------------------------------------
 
-JOBS = [("train", "DDP"), ("accumulate", "DDP"), ("checkpointing", "DDP"), ("train", "FSDP2"), ("checkpointing", "FSDP2")]
+JOBS = [
+    ("train", "DDP"),
+    ("accumulate", "DDP"),
+    ("checkpointing", "DDP"),
+    ("train", "FSDP2"),
+    ("checkpointing", "FSDP2"),
+]
 
 
 def check_engine_trains_as_one_process(run, job, engine):
@@ -180,12 +191,20 @@ def test_adapters_are_those_of_one_process_on_the_same_global_batch(run, job, en
         assert outcome["padding"]["turned_off"] == outcome["limits"]["padding"]
 
 
-@pytest.mark.slow
-def test_zero_2_trains_as_one_process(run):
+@pytest.mark.slow  # DeepSpeed compiles a library when it first runs
+@pytest.mark.parametrize(("job", "stage"), [("train", 2), ("train", 3), ("checkpointing", 3)])
+def test_zero_trains_as_one_process_and_says_what_it_takes_away(run, job, stage):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    outcome = check_engine_trains_as_one_process(run, "train", "ZeRO-2")
-    assert outcome["dead_adapters"] is None and set(outcome["limits"]) == {"dead_adapters"}
-    assert outcome["padding"]["num_padding"] > 0
+    outcome = check_engine_trains_as_one_process(run, job, f"ZeRO-{stage}")
+    assert outcome["dead_adapters"] is None and "dead_adapters" in outcome["limits"]
+    if stage == 2:
+        assert set(outcome["limits"]) == {"dead_adapters"} and outcome["padding"]["num_padding"] > 0
+    else:
+        assert {"padding", "fast_adapters", "labelled_logits"} <= set(outcome["limits"])
+        assert len(outcome["slow_adapters"]) == 14
+    reentrant = job == "checkpointing"
+    assert ("truncation" in outcome["limits"]) == reentrant
+    assert outcome["warnings"] == [outcome["limits"]["truncation"]] * reentrant
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(run):
@@ -283,7 +302,7 @@ def test_a_wrapped_or_sharded_model_is_not_probed():
     wrapped = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
     torch.nn.Module.__init__(wrapped)
     rows = list(batches(list(tokenize(word_rows(8), word_tokenizer())), 2, 0))
-    with pytest.raises(ProbeError, match="probe model.module"):
+    with pytest.raises(ProbeError, match=r"probe model\.module"):
         probe(wrapped, rows)
     model.lm_head.weight.ds_id = 0  # how DeepSpeed marks what it has taken apart
     with pytest.raises(ProbeError, match="sharded over processes"):
@@ -303,5 +322,5 @@ def test_the_command_runs_in_two_processes_and_one_prints_and_writes(tmp_path):
     assert (code, other) == (0, 0), errors[-3000:]
     record = json.loads(text.splitlines()[-1])
     assert record["engine"] == {"name": "DDP", "num_processes": 2, "limits": {}} and not silence.strip()
-    assert {"adapter_model.safetensors", "record.json", "plan.json"} <= {p.name for p in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "record.json", "plan.json"} <= {*os.listdir(tmp_path / "adapter")}
     PeftModel.from_pretrained(build("llama"), tmp_path / "adapter")

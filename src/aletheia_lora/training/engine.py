@@ -48,11 +48,17 @@ class Engine:
         """
         found = {}
         if self.shards_weights:
-            found["padding"] = f"{self.name} shards the weights: a trial forward of one process would wait for the others"
+            found["padding"] = (
+                f"{self.name} shards the weights: a trial forward of one process would wait for the others"
+            )
         if self.keeps_gradients:
             found["dead_adapters"] = f"not known: {self.name} keeps gradients to itself"
         if self.name == "ZeRO-3":
             found["fast_adapters"] = "ZeRO-3 brings a frozen weight in only for the forward of its own module"
+        if self.name == "ZeRO-3":
+            found["labelled_logits"] = (
+                "ZeRO-3 loses count where the head sees some positions only: TRL computes the loss"
+            )
         if self.name == "ZeRO-3" and reentrant:
             found["truncation"] = (
                 "ZeRO-3 needs reentrant checkpointing, which runs backward only where a layer's input requires a "

@@ -167,10 +167,10 @@ class SFTTrainer(trl.SFTTrainer):
             loss = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         finite = bool(torch.isfinite(loss))
         if on_any(not finite):
+            what = "not finite on another process" if finite else float(loss)
             raise NonFiniteLossError(
-                f"the loss of step {self.state.global_step + 1} is {'not finite on another process' if finite else float(loss)}; "
-                "training stopped before the update. Lower the learning rate, clip gradients, or look at the rows of "
-                "that batch."
+                f"the loss of step {self.state.global_step + 1} is {what}; training stopped before the update. "
+                "Lower the learning rate, clip gradients, or look at the rows of that batch."
             )
         return loss
 
@@ -201,6 +201,7 @@ class SFTTrainer(trl.SFTTrainer):
             and self.label_smoother is None
             and not self.aux_loss_enabled
             and not trl_skips_unlabelled(device)
+            and self.engine.name != "ZeRO-3"
         )
 
     def compute_loss(
