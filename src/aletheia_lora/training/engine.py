@@ -48,9 +48,7 @@ class Engine:
         """
         found = {}
         if self.shards_weights:
-            found["padding"] = (
-                f"{self.name} shards the weights: a trial forward of one process would wait for the others"
-            )
+            found["padding"] = f"{self.name} shards the weights: one on trial would wait for the other processes"
         if self.keeps_gradients:
             found["dead_adapters"] = f"not known: {self.name} keeps gradients to itself"
         if self.name == "ZeRO-3":
@@ -77,8 +75,8 @@ def check_engine(args: TrainingArguments, model: nn.Module) -> None:
     parts = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if parts is not None:
         raise ConfigError(
-            f"the model's weights are in parts over processes already, e.g. {parts}, and adapters are attached to whole "
-            "ones. Load the model before making the trainer's arguments (under ZeRO-3 it is loaded in parts after)."
+            f"the model's weights are in parts over processes already, e.g. {parts}, and adapters go onto whole ones. "
+            "Load the model before making the trainer's arguments (under ZeRO-3 it is loaded in parts after)."
         )
     if args.n_gpu > 1 and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         raise ConfigError(
