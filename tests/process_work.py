@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 
 from aletheia_lora import processes
 from aletheia_lora.data import batches, tokenize
-from aletheia_lora.errors import AletheiaError, DataError
+from aletheia_lora.errors import DataError
 from aletheia_lora.planning import plan
 from aletheia_lora.probe import probe
 from aletheia_lora.training.engine import whole_adapters
@@ -42,7 +42,7 @@ def error_of(work):
     """The error that every process raised, in words; what happens if none did is an error, too."""
     try:
         work()
-    except AletheiaError as error:
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 

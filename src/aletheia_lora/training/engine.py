@@ -69,14 +69,20 @@ def check_engine(args: TrainingArguments, model: nn.Module) -> None:
     """Check, before anything is attached, that a trainer with these arguments can run the model.
 
     Raises:
-        ConfigError: For ``nn.DataParallel`` (several GPUs in one process without a device map), and for a model that
-            was loaded in parts.
+        ConfigError: For ``nn.DataParallel`` (several GPUs in one process without a device map), for a model that was
+            loaded in parts, and for offloaded weights.
     """
     parts = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if parts is not None:
         raise ConfigError(
             f"the model's weights are in parts over processes already, e.g. {parts}, and adapters go onto whole ones. "
             "Load the model before making the trainer's arguments (under ZeRO-3 it is loaded in parts after)."
+        )
+    away = next((name for name, parameter in model.named_parameters() if parameter.device.type == "meta"), None)
+    if away is not None:
+        raise ConfigError(
+            f"weights are offloaded, e.g. {away}, and backward needs them in memory. Plan here and train by the saved "
+            "plan where they fit: on more GPUs, or quantized."
         )
     if args.n_gpu > 1 and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         raise ConfigError(
