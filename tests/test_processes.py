@@ -252,7 +252,7 @@ def test_a_model_with_offloaded_weights_is_planned_as_a_whole_one_and_not_traine
         assert right.weight_norm == pytest.approx(left.weight_norm, rel=1e-6)
     made = plan(model, rows, strategy="last", num_layers=2, rank=4, allocation="uniform", probe_batches=2)
     assert made.scores == pytest.approx(plan(build("llama"), rows, probe_batches=2).scores, rel=1e-5)
-    with pytest.raises(ConfigError, match="weights are offloaded, e.g. .*Plan here and train by the saved plan"):
+    with pytest.raises(ConfigError, match=r"weights are offloaded, e\.g\. .*Plan here and train by the saved plan"):
         train_adapter(model, word_tokenizer(), made, rows, tmp_path / "adapter", TrainOptions(steps=3))
     assert {name: (p.requires_grad, p.device.type) for name, p in model.named_parameters()} == flags
 

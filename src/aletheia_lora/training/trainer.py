@@ -109,19 +109,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.prefix_cache_record: dict[str, Any] | None = None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
-        if already_attached:
-            check_census(model, plan.ranks)
-        else:
-            plan.check_fits(model)
-            zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-            model = attach(
-                model,
-                plan.anatomy,
-                plan.ranks,
-                lora_dropout=plan.lora_dropout,
-                seed=args.seed,
-                full_precision=not zero3,  # ZeRO-3 gathers weights of one dtype only
-            )
+        model = _adapted(model, plan, args)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -306,6 +294,23 @@ def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only:
     if isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names):
         return rows
     return tokenize(rows, tokenizer, max_length=max_length or sys.maxsize, completion_only=completion_only).to_dataset()
+
+
+def _adapted(model: Any, plan: Plan, args: trl.SFTConfig) -> PeftModel:
+    """The model with the plan's adapters, attached now or, as the census shows, before."""
+    if isinstance(model, PeftModel):
+        check_census(model, plan.ranks)
+        return model
+    plan.check_fits(model)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    return attach(
+        model,
+        plan.anatomy,
+        plan.ranks,
+        lora_dropout=plan.lora_dropout,
+        seed=args.seed,
+        full_precision=not zero3,  # ZeRO-3 gathers weights of one dtype only
+    )
 
 
 def _held(model: torch.nn.Module, plan: Plan, rows: Dataset) -> dict[str, object]:
