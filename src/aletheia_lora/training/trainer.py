@@ -82,8 +82,7 @@ class SFTTrainer(trl.SFTTrainer):
             PlanError: If the plan was made for another model, or adapts layer 0 and a prefix cache is wanted.
             CensusError: If the adapters on the model are not those of the plan.
             DataError: If the rows cannot be tokenized or carry no label.
-            ConfigError: If the trainer would run ``nn.DataParallel`` or FSDP 1.
-            ProcessError: If the processes of a group hold different models, rows or plans.
+            ConfigError, ProcessError: If the engine cannot run this, or the processes hold different things.
         """
         if prefix_cache is not None:
             check_lowest(plan.selection.lowest)
@@ -93,10 +92,9 @@ class SFTTrainer(trl.SFTTrainer):
             raise PlanError("peft_config was given beside a plan. Leave it out: the plan says what to adapt.")
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        max_length = args.max_length
-        train_dataset = _dataset(train_dataset, processing_class, max_length, completion_only)
-        eval_dataset = (
-            None if eval_dataset is None else _dataset(eval_dataset, processing_class, max_length, completion_only)
+        train_dataset, eval_dataset = (
+            None if rows is None else _dataset(rows, processing_class, args.max_length, completion_only)
+            for rows in (train_dataset, eval_dataset)
         )
         check_same(lambda: _held(model, plan, train_dataset), "Start every process from one plan, model and data.")
         self.plan = plan
