@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 
 from aletheia_lora import processes
@@ -320,3 +321,13 @@ def test_the_command_runs_in_two_processes_and_one_prints_and_writes(tmp_path):
     assert record["engine"] == {"name": "DDP", "num_processes": 2, "limits": {}} and not silence.strip()
     assert {"adapter_model.safetensors", "record.json", "plan.json"} <= {*os.listdir(tmp_path / "adapter")}
     PeftModel.from_pretrained(build("llama"), tmp_path / "adapter")
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "distributed"
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_ready_configurations_are_read_by_accelerate_and_named_in_the_readme(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == 2 and str(config.distributed_type).removeprefix("DistributedType.")
+    assert f"`{file.name}`" in (EXAMPLES / "README.md").read_text()
