@@ -17,7 +17,9 @@ def main(model_name: str, data: str, output: str, steps: int = 100) -> None:
     rows = tokenize(load_rows(data), tokenizer, max_length=512)
     made = plan(model, rows, tokenizer=tokenizer)
     print(made)
-    train_adapter(model, tokenizer, made, rows, Path(output), TrainOptions(steps=steps), model_name=model_name, say=print)
+    train_adapter(
+        model, tokenizer, made, rows, Path(output), TrainOptions(steps=steps), model_name=model_name, say=print
+    )
 
 
 if __name__ == "__main__":

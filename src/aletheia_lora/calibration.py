@@ -131,10 +131,10 @@ def calibrated_cost(anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming)
     """The cost of a training step in seconds, from what the probe's batches took.
 
     For each layer, forward and backward by themselves: seconds per counted operation on each batch, the median over
-    the batches (without the first of each process, where there are more) and over all layers of equal shapes, times the operations of
-    the training step. Likewise for what is outside the layers, per labelled token. So noise between equal layers does
-    not decide which is cheaper. Adapters cost what was timed on their shapes; where that is missing (stacks of
-    experts), what was counted, at the seconds per operation of the layers' forward.
+    the batches (without the first of each process, where there are more) and over all layers of equal shapes, times
+    the operations of the training step. Likewise for what is outside the layers, per labelled token. So noise between
+    equal layers does not decide which is cheaper. Adapters cost what was timed on their shapes; where that is missing
+    (stacks of experts), what was counted, at the seconds per operation of the layers' forward.
 
     Args:
         anatomy: The model.

@@ -53,7 +53,7 @@ def in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _offload_hook(module: nn.Module) -> Any:
-    """accelerate's hook on this module, if it keeps the module's weights elsewhere; else None."""
+    """Accelerate's hook on this module, if it keeps the module's weights elsewhere; else None."""
     hook = getattr(module, "_hf_hook", None)
     every = getattr(hook, "hooks", None) or [hook]
     return next((each for each in every if getattr(each, "offload", False)), None)

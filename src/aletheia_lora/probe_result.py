@@ -271,7 +271,7 @@ def merged(parts: Sequence[ProbeResult]) -> ProbeResult:
     timing = None
     if len(timings) == len(used):
         columns = ("forward", "backward", "outside", "num_rows", "lengths", "num_labelled")
-        together = {name: in_turns([getattr(each, name) for each in timings]) for name in columns}
+        together: dict[str, Any] = {name: in_turns([getattr(each, name) for each in timings]) for name in columns}
         timing = replace(timings[0], **together, num_first=len(used))
     peaks = [part.peak_memory_bytes for part in used if part.peak_memory_bytes is not None]
     return replace(

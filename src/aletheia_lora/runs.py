@@ -164,7 +164,9 @@ def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
         ConfigError: If several processes were launched: arms take turns in one process, on one clock.
     """
     if world_size() > 1:
-        raise ConfigError(f"compare runs in one process, but {world_size()} were launched. Start it without a launcher.")
+        raise ConfigError(
+            f"compare runs in one process, but {world_size()} were launched. Start it without a launcher."
+        )
     folder = check_writable(config.output if config.output is not None else Path("aletheia-compare"))
     options = CompareOptions(**{**config.subset(CompareOptions), "controls": tuple(config.controls)})
     given = _given_plan(config)

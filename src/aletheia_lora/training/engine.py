@@ -48,11 +48,15 @@ class Engine:
         """
         found = {}
         if self.shards_weights:
-            found["padding"] = f"{self.name} shards the weights: a trial forward of one process would wait for the others"
+            found["padding"] = f"{self.name} shards the weights: one on trial would wait for the other processes"
         if self.keeps_gradients:
             found["dead_adapters"] = f"not known: {self.name} keeps gradients to itself"
         if self.name == "ZeRO-3":
             found["fast_adapters"] = "ZeRO-3 brings a frozen weight in only for the forward of its own module"
+        if self.name == "ZeRO-3":
+            found["labelled_logits"] = (
+                "ZeRO-3 loses count where the head sees some positions only: TRL computes the loss"
+            )
         if self.name == "ZeRO-3" and reentrant:
             found["truncation"] = (
                 "ZeRO-3 needs reentrant checkpointing, which runs backward only where a layer's input requires a "
@@ -65,14 +69,20 @@ def check_engine(args: TrainingArguments, model: nn.Module) -> None:
     """Check, before anything is attached, that a trainer with these arguments can run the model.
 
     Raises:
-        ConfigError: For ``nn.DataParallel`` (several GPUs in one process without a device map), and for a model that
-            was loaded in parts.
+        ConfigError: For ``nn.DataParallel`` (several GPUs in one process without a device map), for a model that was
+            loaded in parts, and for offloaded weights.
     """
     parts = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if parts is not None:
         raise ConfigError(
-            f"the model's weights are in parts over processes already, e.g. {parts}, and adapters are attached to whole "
-            "ones. Load the model before making the trainer's arguments (under ZeRO-3 it is loaded in parts after)."
+            f"the model's weights are in parts over processes already, e.g. {parts}, and adapters go onto whole ones. "
+            "Load the model before making the trainer's arguments (under ZeRO-3 it is loaded in parts after)."
+        )
+    away = next((name for name, parameter in model.named_parameters() if parameter.device.type == "meta"), None)
+    if away is not None:
+        raise ConfigError(
+            f"weights are offloaded, e.g. {away}, and backward needs them in memory. Plan here and train by the saved "
+            "plan where they fit: on more GPUs, or quantized."
         )
     if args.n_gpu > 1 and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         raise ConfigError(

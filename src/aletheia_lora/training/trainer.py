@@ -84,8 +84,7 @@ class SFTTrainer(trl.SFTTrainer):
             PlanError: If the plan was made for another model, or adapts layer 0 and a prefix cache is wanted.
             CensusError: If the adapters on the model are not those of the plan.
             DataError: If the rows cannot be tokenized or carry no label.
-            ConfigError: If the trainer would run ``nn.DataParallel`` or FSDP 1.
-            ProcessError: If the processes of a group hold different models, rows or plans.
+            ConfigError, ProcessError: If the engine cannot run this, or the processes hold different things.
         """
         if prefix_cache is not None:
             check_lowest(plan.selection.lowest)
@@ -95,10 +94,9 @@ class SFTTrainer(trl.SFTTrainer):
             raise PlanError("peft_config was given beside a plan. Leave it out: the plan says what to adapt.")
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        max_length = args.max_length
-        train_dataset = _dataset(train_dataset, processing_class, max_length, completion_only)
-        eval_dataset = (
-            None if eval_dataset is None else _dataset(eval_dataset, processing_class, max_length, completion_only)
+        train_dataset, eval_dataset = (
+            None if rows is None else _dataset(rows, processing_class, args.max_length, completion_only)
+            for rows in (train_dataset, eval_dataset)
         )
         check_same(lambda: _held(model, plan, train_dataset), "Start every process from one plan, model and data.")
         self.plan = plan
@@ -111,19 +109,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.prefix_cache_record: dict[str, Any] | None = None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
-        if already_attached:
-            check_census(model, plan.ranks, plan.options.adapter)
-        else:
-            plan.check_fits(model)
-            zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-            model = attach(
-                model,
-                plan.anatomy,
-                plan.ranks,
-                plan.options.adapter,
-                seed=args.seed,
-                full_precision=not zero3,  # ZeRO-3 gathers weights of one dtype only
-            )
+        model = _adapted(model, plan, args)
         try:
             with warnings.catch_warnings(), _on_packed_weights(model):
                 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -171,10 +157,10 @@ class SFTTrainer(trl.SFTTrainer):
             loss = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         finite = bool(torch.isfinite(loss))
         if on_any(not finite):
+            what = "not finite on another process" if finite else float(loss)
             raise NonFiniteLossError(
-                f"the loss of step {self.state.global_step + 1} is {'not finite on another process' if finite else float(loss)}; "
-                "training stopped before the update. Lower the learning rate, clip gradients, or look at the rows of "
-                "that batch."
+                f"the loss of step {self.state.global_step + 1} is {what}; training stopped before the update. "
+                "Lower the learning rate, clip gradients, or look at the rows of that batch."
             )
         return loss
 
@@ -205,6 +191,7 @@ class SFTTrainer(trl.SFTTrainer):
             and self.label_smoother is None
             and not self.aux_loss_enabled
             and not trl_skips_unlabelled(device)
+            and self.engine.name != "ZeRO-3"
         )
 
     def compute_loss(
@@ -320,6 +307,23 @@ def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only:
     if isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names):
         return rows
     return tokenize(rows, tokenizer, max_length=max_length or sys.maxsize, completion_only=completion_only).to_dataset()
+
+
+def _adapted(model: Any, plan: Plan, args: trl.SFTConfig) -> PeftModel:
+    """The model with the plan's adapters, attached now or, as the census shows, before."""
+    if isinstance(model, PeftModel):
+        check_census(model, plan.ranks, plan.options.adapter)
+        return model
+    plan.check_fits(model)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    return attach(
+        model,
+        plan.anatomy,
+        plan.ranks,
+        plan.options.adapter,
+        seed=args.seed,
+        full_precision=not zero3,  # ZeRO-3 gathers weights of one dtype only
+    )
 
 
 def _held(model: torch.nn.Module, plan: Plan, rows: Dataset) -> dict[str, object]:
