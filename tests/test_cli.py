@@ -62,8 +62,8 @@ def test_every_command_explains_itself(aletheia, monkeypatch):
     [
         ("doctor", ("model",)),
         ("probe", ("model", "data", "probe", "output")),
-        ("plan", ("model", "data", "probe", "plan", "step", "checkpointing", "plan_only", "output")),
-        ("train", ("model", "data", "probe", "plan", "step", "checkpointing", "train", "train_only", "output")),
+        ("plan", ("model", "data", "probe", "plan", "adapter", "step", "checkpointing", "plan_only", "output")),
+        ("train", ("model", "data", "probe", "plan", "adapter", "step", "checkpointing", "train", "train_only")),
         ("compare", ("model", "data", "probe", "plan", "step", "train", "compare", "output")),
     ],
 )

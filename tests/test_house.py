@@ -35,6 +35,7 @@ ROOMS = (
     "memory",
     "selection",
     "allocation",
+    "methods",
     "adapter",
     "fast_lora",
     "calibration",

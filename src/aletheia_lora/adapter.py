@@ -1,7 +1,8 @@
-"""Ranks -> a ``peft.LoraConfig``; attaches it and takes the census that proves what was adapted.
+"""Ranks -> a PEFT configuration; attaches it and takes the census that proves what was adapted.
 
-Beside ``fast_lora.py`` the only room that knows how PEFT spells things. Modules are named in full, because leaf names
-reach further than meant: into unselected layers of mixture-of-experts models, vision towers and shared experts.
+Beside ``methods.py`` and ``fast_lora.py`` the only room that knows how PEFT spells things. Modules are named in full,
+because leaf names reach further than meant: into unselected layers of mixture-of-experts models, vision towers and
+shared experts.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .allocation import ModuleRank
 from .anatomy import ModelAnatomy
 from .errors import CensusError, PlanError
+from .methods import METHODS, checked_modules, method_config, method_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +32,29 @@ class AdapterEntry:
 
     name: str
     """Full name of the adapted module, or of the parameter for stacked experts."""
-    rank: int
-    alpha: float
+    rank: int | None
+    """None where the method has none; so is ``alpha``."""
+    alpha: float | None
     num_params: int
+    method: str = "lora"
+    """A key of :data:`~aletheia_lora.methods.METHODS`."""
+
+
+def peft_config(
+    method: str, anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], *, lora_dropout: float = 0.0
+) -> PeftConfig:
+    """An ordinary PEFT configuration of this method that adapts exactly the modules in ``ranks``.
+
+    Raises:
+        ValueError: If no method has this name.
+        PlanError: If the method cannot adapt one of them, as :func:`lora_config` and
+            :func:`~aletheia_lora.methods.method_config` say, or dropout meets another method than LoRA.
+    """
+    if method == "lora":
+        return lora_config(anatomy, ranks, lora_dropout=lora_dropout)
+    if lora_dropout:
+        raise PlanError(f"lora_dropout={lora_dropout} is LoRA's own, and the adapter is {method}. Set it to 0.")
+    return method_config(method, anatomy, ranks)
 
 
 def lora_config(anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], *, lora_dropout: float = 0.0) -> LoraConfig:
@@ -46,16 +69,7 @@ def lora_config(anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], *, lora_drop
         PlanError: If a module is not in the model, is named twice, or dropout meets stacked experts, which PEFT
             cannot do.
     """
-    if not ranks:
-        raise PlanError("no module was given a rank. Choose at least one layer and one target.")
-    known = {module.name: module for module in anatomy.modules}
-    unknown = [entry.name for entry in ranks if entry.name not in known]
-    if unknown:
-        raise PlanError(
-            f"{len(unknown)} modules are not in {anatomy.architecture}, e.g. {unknown[0]!r}. Make a new plan for it."
-        )
-    if len({entry.name for entry in ranks}) != len(ranks):
-        raise PlanError("a module is named twice in the ranks. Give each module one rank.")
+    known = {module.name: module for module in checked_modules(anatomy, ranks)}
     rewritten = _leaf_names_peft_rewrites(anatomy.model_type)
     modules, parameters = [], []
     rank_pattern: dict[str, int] = {}
@@ -93,7 +107,13 @@ def lora_config(anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], *, lora_drop
 
 
 def attach(
-    model: Any, anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], *, lora_dropout: float = 0.0, seed: int = 0
+    model: Any,
+    anatomy: ModelAnatomy,
+    ranks: Sequence[ModuleRank],
+    *,
+    method: str = "lora",
+    lora_dropout: float = 0.0,
+    seed: int = 0,
 ) -> PeftModel:
     """Put the adapters on the model and prove by census that they, and nothing else, are there.
 
@@ -101,19 +121,18 @@ def attach(
     model is given back without adapters, its ``requires_grad`` flags as found.
 
     Raises:
-        PlanError: As :func:`lora_config`.
+        PlanError: As :func:`peft_config`.
         CensusError: If what was attached is not what was planned.
     """
-    config = lora_config(anatomy, ranks, lora_dropout=lora_dropout)
+    config = peft_config(method, anatomy, ranks, lora_dropout=lora_dropout)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = [model.device] if getattr(getattr(model, "device", None), "type", "") == "cuda" else []
     peft_model = None
     try:
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=_cuda_of(model)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the census below is stricter than any of PEFT's warnings
             torch.manual_seed(seed)
             peft_model = get_peft_model(model, config)
-        check_census(peft_model, ranks)
+        check_census(peft_model, ranks, method=method)
     except BaseException:
         if peft_model is not None:
             peft_model.unload()
@@ -122,6 +141,69 @@ def attach(
             parameter.requires_grad_(flag)
         raise
     return peft_model
+
+
+def add_adapters(
+    peft_model: PeftModel,
+    anatomy: ModelAnatomy,
+    ranks: Sequence[ModuleRank],
+    further: Sequence[ModuleRank],
+    *,
+    method: str = "lora",
+    seed: int = 0,
+) -> None:
+    """Put further adapters, fresh ones, on a model that carries those of ``ranks``; these keep weights and flags.
+
+    The new ones belong to the same adapter, share its settings and dtype, and are saved with it. Their random start
+    depends on ``seed`` alone; the global random state does not move.
+
+    Raises:
+        PlanError: If the method cannot adapt one of the modules.
+        CensusError: If what the model then carries is not ``ranks`` and ``further``.
+    """
+    tuner: Any = peft_model.base_model
+    before = tuner.peft_config["default"]
+    together = _retargeted(before, peft_config(method, anatomy, [*ranks, *further]))
+    flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+    had = {id(parameter) for parameter, _ in flags}
+    dtype = next(parameter.dtype for _, _, parameters in _adapters(peft_model) for parameter in parameters.values())
+    tuner.peft_config["default"] = _retargeted(before, peft_config(method, anatomy, further))
+    try:
+        with torch.random.fork_rng(devices=_cuda_of(peft_model)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in attach
+            torch.manual_seed(seed)
+            tuner.inject_adapter(tuner.model, "default")
+    finally:
+        tuner.peft_config["default"] = together
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    for parameter in peft_model.parameters():
+        if id(parameter) not in had:
+            parameter.data = parameter.data.to(dtype)
+    check_census(peft_model, [*ranks, *further], method=method)
+
+
+def adapter_weights(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Name of each adapted module -> the adapter's weights, by PEFT's name for them."""
+    return {name.removesuffix(".weight"): parameters for name, _, parameters in _adapters(model)}
+
+
+def own_modules(model: nn.Module) -> dict[str, str]:
+    """Path of each module of the model's own -> its name without adapters; the adapters' modules are left out."""
+    wrapped = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+    def own(path: str) -> str | None:
+        kept, above = [], ""
+        for part in path.split("."):
+            if above not in wrapped:
+                kept.append(part)
+            elif part != "base_layer":
+                return None
+            above = f"{above}.{part}" if above else part
+        return ".".join(kept)
+
+    paths = (path for path, _ in model.named_modules() if path not in wrapped)
+    return {path: name for path in paths if (name := own(path)) is not None}
 
 
 def shared_copy(model: nn.Module) -> Any:
@@ -140,34 +222,34 @@ def shared_copy(model: nn.Module) -> Any:
 def census(model: nn.Module, adapter_name: str = "default") -> tuple[AdapterEntry, ...]:
     """List every adapter that the model really carries, by walking its modules."""
     entries = []
-    modules: Iterable[tuple[str, Any]] = model.named_modules()
-    for path, module in modules:
-        if not isinstance(module, LoraLayer) or adapter_name not in module.r:
-            continue
-        name = path.removeprefix("base_model.model.").replace(".base_layer", "")
-        if isinstance(module, ParamWrapper):
-            name = f"{name}.{module.parameter_name}"
-        num_params = sum(
-            parameter.numel()
-            for key, parameter in module.named_parameters()  # type: ignore[attr-defined]
-            if f".{adapter_name}." in f".{key}." and ".base_layer." not in f".{key}" and key.startswith("lora_")
-        )
-        entries.append(
-            AdapterEntry(name, int(module.r[adapter_name]), float(module.lora_alpha[adapter_name]), num_params)
-        )
+    for name, layer, parameters in _adapters(model, adapter_name):
+        rank, alpha = (_setting(layer, keys, adapter_name) for keys in (("r", "hra_r"), ("lora_alpha", "alpha")))
+        method = type(layer).__module__.split(".")[2]  # peft.tuners.<method>...
+        if method in METHODS and METHODS[method].rank is None:
+            rank = None  # OFT's r is a number of blocks
+        num_params = sum(parameter.numel() for parameter in parameters.values())
+        entries.append(AdapterEntry(name, rank, None if alpha is None else float(alpha), num_params, method))
     return tuple(entries)
 
 
-def check_census(model: nn.Module, ranks: Sequence[ModuleRank]) -> tuple[AdapterEntry, ...]:
+def check_census(model: nn.Module, ranks: Sequence[ModuleRank], *, method: str = "lora") -> tuple[AdapterEntry, ...]:
     """Compare the adapters on the model with the plan, module by module.
 
     Raises:
-        CensusError: If any adapter is missing, extra, on the wrong module, or of another rank or alpha, or if a
-            weight other than the adapters' would train.
+        CensusError: If any adapter is missing, extra, on the wrong module, or of another method, rank or alpha, or if
+            a weight other than the adapters' would train.
     """
-    found = census(model)
-    have = {entry.name.removesuffix(".weight"): (entry.rank, entry.alpha) for entry in found}
-    want: Mapping[str, tuple[int, float]] = {entry.name: (entry.rank, float(entry.alpha)) for entry in ranks}
+    found, rule = census(model), method_of(method)
+    other = sorted({entry.method for entry in found} - {method})
+    if other:
+        raise CensusError(f"the adapters on the model are {other[0]}, and the plan says {method}. Nothing was trained.")
+    have: dict[str, tuple[Any, Any]] = {
+        entry.name.removesuffix(".weight"): (entry.rank, entry.alpha) for entry in found
+    }
+    want: dict[str, tuple[Any, Any]] = {
+        entry.name: (None if rule.rank is None else entry.rank, float(entry.alpha) if rule.alpha else None)
+        for entry in ranks
+    }
     missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
     wrong = sorted(name for name in set(want) & set(have) if want[name] != have[name])
     if missing or extra or wrong:
@@ -179,7 +261,8 @@ def check_census(model: nn.Module, ranks: Sequence[ModuleRank]) -> tuple[Adapter
         raise CensusError(
             f"the adapters on the model are not those of the plan: {', '.join(details)}. Nothing was trained."
         )
-    foreign = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    own = {id(parameter) for _, _, parameters in _adapters(model) for parameter in parameters.values()}
+    foreign = [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in own]
     if foreign:
         raise CensusError(
             f"{len(foreign)} weights besides the adapters would train, e.g. {foreign[0]}. Freeze them first."
@@ -188,15 +271,54 @@ def check_census(model: nn.Module, ranks: Sequence[ModuleRank]) -> tuple[Adapter
 
 
 def dead_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters whose ``lora_B`` has no gradient or a zero one; call after the first backward."""
-    return [
-        name.removeprefix("base_model.model.")
-        for name, parameter in model.named_parameters()
-        if "lora_B" in name and parameter.requires_grad and (parameter.grad is None or not bool(parameter.grad.any()))
-    ]
+    """Names of the modules whose adapter trains and got no gradient, or only zeros; call after the first backward."""
+    dead = []
+    for name, _, parameters in _adapters(model):
+        training = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        if training and not any(weight.grad is not None and bool(weight.grad.any()) for weight in training):
+            dead.append(name)
+    return dead
 
 
-def _got(name: str, want: Mapping[str, tuple[int, float]], have: Mapping[str, tuple[int, float]]) -> str:
+def _adapters(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, Any, dict[str, nn.Parameter]]]:
+    """Each adapted module's name in the base model, the layer that PEFT put there, and the adapter's own weights."""
+    layers: list[tuple[str, Any]] = [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for path, module in layers:
+        parameters = {
+            key: parameter
+            for key, parameter in module.named_parameters()
+            if key.startswith(tuple(f"{own}." for own in module.adapter_layer_names))
+            and f".{adapter_name}." in f".{key}."
+        }
+        if parameters:
+            name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            if isinstance(module, ParamWrapper):
+                name = f"{name}.{module.parameter_name}"
+            yield name, module, parameters
+
+
+def _retargeted(config: PeftConfig, targets: PeftConfig) -> PeftConfig:
+    """A copy of the configuration that adapts the modules of the other one, at its ranks."""
+    changed = copy.copy(config)
+    for key in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "r", "lora_alpha", "alpha"):
+        if hasattr(config, key):
+            setattr(changed, key, getattr(targets, key))
+    if isinstance(config, IA3Config):
+        changed.feedforward_modules = targets.feedforward_modules  # type: ignore[attr-defined]
+    return changed
+
+
+def _cuda_of(model: Any) -> list[torch.device]:
+    """The devices whose random state a start of adapters on this model moves, besides the CPU's."""
+    return [model.device] if getattr(getattr(model, "device", None), "type", "") == "cuda" else []
+
+
+def _setting(layer: Any, keys: Sequence[str], adapter_name: str) -> Any:
+    """The first of these attributes that the layer has, for this adapter; None if it has none."""
+    return next((getattr(layer, key)[adapter_name] for key in keys if hasattr(layer, key)), None)
+
+
+def _got(name: str, want: Mapping[str, tuple[Any, Any]], have: Mapping[str, tuple[Any, Any]]) -> str:
     if name in want and name in have:
         return f": planned rank and alpha {want[name]}, found {have[name]}"
     return ""

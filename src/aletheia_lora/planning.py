@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
+from torch import Tensor
 
-from .adapter import lora_config
+from .adapter import lora_config, peft_config
 from .allocation import AllocationOptions, ModuleRank, allocate, trainable_params
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import timed_adapters
@@ -22,6 +23,7 @@ from .errors import PlanError, nearest
 from .files import write_json
 from .layers import embedding_of
 from .memory import parse_bytes
+from .methods import method_of, with_params
 from .prediction import (
     Prediction,
     batch_shape,
@@ -37,6 +39,7 @@ from .scores import layer_scores
 from .selection import LayerSelection, ParetoPoint, SelectionOptions, nothing_fits, pareto, select
 
 FORMAT = "aletheia-plan/1"
+OPTIONAL = frozenset({"prediction", "history"})  # plans from before these lack them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +83,9 @@ class PlanOptions:
     targets: tuple[str, ...] | None = None
     """Leaf or full module names to adapt; all that can be adapted if left out."""
     lora_dropout: float = 0.0
-    """Dropout before the adapters."""
+    """Dropout before the adapters, LoRA's only."""
+    adapter: str = "lora"
+    """What the chosen layers get: a key of ``methods.METHODS``. The choice itself counts with LoRA's cost."""
     probe_batches: int = 8
     """Batches read by the probe."""
     probe_batch_size: int = 1
@@ -93,8 +98,21 @@ class PlanOptions:
     def __post_init__(self) -> None:
         """Check what no later room checks."""
         parse_bytes(self.memory_budget)
+        method_of(self.adapter)
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}, expected at least 1.")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChange:
+    """The layers that train, changed while training; a layer that left keeps its adapter as it was."""
+
+    step: int
+    """Optimizer steps before the change."""
+    layers: tuple[int, ...]
+    """Layers that train from then on."""
+    entered: tuple[int, ...]
+    left: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,8 @@ class Plan:
     """What the scores were made from; None for a plan made without a probe."""
     prediction: Prediction | None = None
     """Time and memory of a step; None in plans from before these were predicted."""
+    history: tuple[LayerChange, ...] = ()
+    """How the layers that train changed on the way; the plan names all that carry an adapter."""
 
     @property
     def lora_dropout(self) -> float:
@@ -123,8 +143,28 @@ class Plan:
         return trainable_params(self.ranks)
 
     def lora_config(self) -> LoraConfig:
-        """An ordinary ``peft.LoraConfig`` naming every adapted module in full."""
+        """An ordinary ``peft.LoraConfig`` naming every adapted module in full, whatever the plan's adapter is."""
         return lora_config(self.anatomy, self.ranks, lora_dropout=self.lora_dropout)
+
+    def peft_config(self) -> PeftConfig:
+        """The ordinary PEFT configuration of the plan's adapter, naming every adapted module in full.
+
+        Raises:
+            PlanError: If that method cannot adapt one of the modules; says which and why.
+        """
+        return peft_config(self.options.adapter, self.anatomy, self.ranks, lora_dropout=self.lora_dropout)
+
+    def with_adapter(self, adapter: str) -> Plan:
+        """The same layers and ranks, adapted by another method: a key of ``methods.METHODS``.
+
+        Raises:
+            ValueError: If there is no such method.
+            PlanError: If it cannot adapt one of the modules; says which and why.
+        """
+        options = replace(self.options, adapter=adapter)
+        made = replace(self, options=options, ranks=with_params(adapter, self.anatomy, self.ranks))
+        made.peft_config()
+        return made
 
     def check_fits(self, model: Any) -> None:
         """Check that the plan was made for a model of this shape.
@@ -155,11 +195,14 @@ class Plan:
                     f"the profile is flat (max/min {self.probe.spread:.2f} < 2.5): the scores hardly tell layers "
                     "apart, so cost decides; ranks in proportion to such scores have cost accuracy (arXiv 2605.07366)"
                 )
-        ranks = sorted({entry.rank for entry in self.ranks})
+        ranks = ", ".join(str(rank) for rank in sorted({entry.rank for entry in self.ranks}))
+        method = method_of(self.options.adapter)
         lines.append(
-            f"ranks: {self.options.allocation}, {', '.join(map(str, ranks))}; "
-            f"{self.trainable_params:,} trainable weights in {len(self.ranks)} modules"
+            (f"ranks: {self.options.allocation}, {ranks}; " if method.rank is not None else "")
+            + f"{self.trainable_params:,} trainable weights in {len(self.ranks)} modules"
         )
+        if self.options.adapter != "lora":
+            lines.append(f"adapter: {self.options.adapter}; predictions are for LoRA of rank {ranks} on these layers")
         if self.selection.lowest == 0:
             lines.append("layer 0 is among them, so backward runs through the whole model and little time is saved")
         return "\n".join(lines)
@@ -176,6 +219,7 @@ class Plan:
             "pareto": [asdict(point) for point in self.pareto],
             "probe": None if self.probe is None else self.probe.to_dict(),
             "prediction": None if self.prediction is None else self.prediction.to_dict(),
+            "history": [asdict(change) for change in self.history],
         }
 
     @classmethod
@@ -188,7 +232,7 @@ class Plan:
         if not isinstance(record, Mapping) or record.get("format") != FORMAT:
             given = record.get("format") if isinstance(record, Mapping) else type(record).__name__
             raise PlanError(f"not a plan: format is {given!r}, expected {FORMAT!r}.")
-        missing = [key.name for key in fields(cls) if key.name not in record and key.name != "prediction"]
+        missing = [key.name for key in fields(cls) if key.name not in record and key.name not in OPTIONAL]
         if missing:
             raise PlanError(f"the plan lacks {missing}. Make it again with `aletheia plan`.")
         try:
@@ -217,9 +261,13 @@ class Plan:
             pareto=tuple(ParetoPoint(**{**point, "layers": tuple(point["layers"])}) for point in record["pareto"]),
             probe=None if record["probe"] is None else ProbeResult.from_dict(record["probe"]),
             prediction=prediction_from_dict(record.get("prediction")),
+            history=tuple(
+                LayerChange(entry["step"], *(tuple(entry[key]) for key in ("layers", "entered", "left")))
+                for entry in record.get("history", ())
+            ),
         )
         layers = made.anatomy.check_layers(made.selection.layers)
-        made.lora_config()
+        made.peft_config()
         modules = {module.name: module for module in made.anatomy.modules}
         for entry in made.ranks:
             module = modules[entry.name]
@@ -228,11 +276,11 @@ class Plan:
             if module.layer_idx not in layers:
                 raise PlanError(f"the plan gives ranks to layers it does not select: {entry.name}. Edit both.")
         ranks = [
-            replace(entry, layer_idx=module.layer_idx, kind=module.kind, num_params=module.adapter_params(entry.rank))
+            replace(entry, layer_idx=module.layer_idx, kind=module.kind)
             for entry in made.ranks
             for module in (modules[entry.name],)
         ]
-        return replace(made, ranks=tuple(ranks))
+        return replace(made, ranks=with_params(made.options.adapter, made.anatomy, ranks))
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
@@ -311,12 +359,9 @@ def probe_rows(
     started = time.perf_counter()
     found = anatomy(model)
     pad = getattr(tokenizer, "pad_token_id", None) or 0
-    order = np.random.default_rng(options.seed).permutation(len(tokenized))
-    count = min(options.probe_batches * options.probe_batch_size, len(tokenized))
-    sample = [tokenized[int(index)] for index in order[:count]]
     measured = probe(
         model,
-        list(batches(sample, min(options.probe_batch_size, len(sample)), pad)),
+        probe_batches(tokenized, options, pad),
         mode=options.probe_mode,
         taylor=options.score == "taylor",
         anatomy_=found,
@@ -332,11 +377,23 @@ def probe_rows(
     return found, replace(measured, seconds=time.perf_counter() - started)
 
 
+def probe_batches(rows: TokenizedRows, options: PlanOptions, pad_token_id: int) -> list[dict[str, Tensor]]:
+    """The batches that the probe reads: rows drawn by the seed, the same every time.
+
+    Raises:
+        DataError: If there are no rows.
+    """
+    order = np.random.default_rng(options.seed).permutation(len(rows))
+    sample = [rows[int(index)] for index in order[: options.probe_batches * options.probe_batch_size]]
+    return list(batches(sample, max(min(options.probe_batch_size, len(sample)), 1), pad_token_id))
+
+
 def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOptions, *, model: Any = None) -> Plan:
     """The part of planning that needs no data: score -> cost -> choose -> rank.
 
     Raises:
-        PlanError: If the probe is of another model, or the budget or ranks cannot be met.
+        PlanError: If the probe is of another model, the budget or ranks cannot be met, or the adapter does not take
+            one of the modules.
         ValueError: If an option names something unknown.
     """
     if measured.fingerprint != found.fingerprint:
@@ -408,7 +465,8 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
             chosen_at = min(choice.memory_budget, choice.step_bytes(selection.layers))
             choice = replace(choice, memory_budget=max(chosen_at - max(over // 4, 1), 1))
     selection = replace(selection, predicted_time_share=share)
-    return Plan(found, options, scores, selection, ranks, frontier, measured, predicted)
+    made = Plan(found, options, scores, selection, ranks, frontier, measured, predicted)
+    return made.with_adapter(options.adapter)
 
 
 def allocation_options(options: PlanOptions, measured: ProbeResult | None) -> AllocationOptions:

@@ -44,6 +44,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "step": ("batch_size",),
     "checkpointing": ("gradient_checkpointing",),
     "caching": ("prefix_cache",),
+    "adapter": ("adapter",),
     "plan_only": ("tflops",),
     "train": ("plan", "steps", "learning_rate"),
     "train_only": ("gradient_accumulation", "prefix_cache_dir", "prefix_cache_dtype"),
@@ -95,6 +96,7 @@ class RunConfig(BaseModel):
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate, decaying linearly.")
     gradient_accumulation: int = Field(1, ge=1, description="Micro-batches in a step.")
     gradient_checkpointing: bool = Field(False, description="Less memory, more time; from the lowest layer up.")
+    adapter: str = Field("lora", description="What the chosen layers get: lora, ia3, loha, lokr, vera, oft, ...")
     prefix_cache: bool = Field(False, description="Keep what the layers below the adapted ones compute; replay it.")
     prefix_cache_dir: Path | None = Field(None, description="Keep it in this folder for later runs.")
     prefix_cache_dtype: Literal["model", "bfloat16"] = Field("model", description="Keep it exactly, or in bfloat16.")

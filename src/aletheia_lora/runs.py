@@ -25,6 +25,7 @@ from .embedded import load_embedded_model, split_by_module, standard_library_row
 from .errors import ConfigError, UnsupportedModelError, nearest
 from .files import check_writable, write_bytes, write_json
 from .memory import device_memory, parse_bytes
+from .methods import METHODS
 from .outlook import OutlookOptions, model_from_config, outlook, outlook_text
 from .planning import Plan, PlanOptions, plan_from_probe, probe_rows
 from .report.page import finding, write_page
@@ -151,6 +152,8 @@ def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
     folder = check_writable(config.output if config.output is not None else Path("aletheia-compare"))
     options = CompareOptions(**{**config.subset(CompareOptions), "controls": tuple(config.controls)})
     given = _given_plan(config)
+    if config.adapter != "lora":
+        raise ConfigError(f"adapter={config.adapter!r}: a comparison is with uniform LoRA. Leave it out, or train.")
     model, tokenizer, parts = _model_and_data(config, say)
     made = _plan(config, say, given, model, tokenizer, parts)
     say(str(made))
@@ -255,17 +258,17 @@ def _given_plan(config: RunConfig) -> Plan | None:
     """The plan to use instead of making one; every name and file is checked before anything is loaded.
 
     Raises:
-        ConfigError: If a flag answers what the plan already says, or names no known score, strategy or allocation.
+        ConfigError: If a flag answers what the plan already says, or names no known table entry.
         PlanError: If the file is not a plan.
     """
-    for key, table in (("score", SCORES), ("strategy", STRATEGIES), ("allocation", ALLOCATIONS)):
+    for key, table in (("score", SCORES), ("strategy", STRATEGIES), ("allocation", ALLOCATIONS), ("adapter", METHODS)):
         name = getattr(config, key)
         if name not in table:
             raise ConfigError(f"unknown {key} {name!r}. {nearest(name, table)}")
     parse_bytes(config.memory_budget)
     if config.plan is None:
         return None
-    beside = sorted(config.model_fields_set & {*GROUPS["probe"], *GROUPS["plan"]} - {"seed"})
+    beside = sorted(config.model_fields_set & {*GROUPS["probe"], *GROUPS["plan"], *GROUPS["adapter"]} - {"seed"})
     if beside:
         raise ConfigError(f"{beside[0]} was given beside a plan, which already says it. Leave out one of the two.")
     return Plan.load(config.plan)

@@ -196,6 +196,7 @@ def _record(
         "format": FORMAT,
         "model": model_name,
         "fingerprint": plan.anatomy.fingerprint,
+        "adapter": plan.options.adapter,
         "layers": list(plan.selection.layers),
         "adapters": [{"name": e.name, "rank": e.rank, "alpha": e.alpha} for e in census(trainer.model)],
         "trainable_params": plan.trainable_params,
@@ -218,14 +219,14 @@ def _record(
 
 def model_card(plan: Plan, record: dict[str, Any]) -> str:
     """The adapter's README: which layers, why, and what was measured."""
-    losses = record["losses"]
+    losses, adapter = record["losses"], record["adapter"]
     return f"""---
 library_name: peft
 base_model: {record["model"]}
-tags: [lora, aletheia-lora]
+tags: [{adapter}, aletheia-lora]
 ---
 
-# LoRA adapter on {len(plan.selection.layers)} of {plan.anatomy.num_layers} layers
+# {"LoRA" if adapter == "lora" else adapter} adapter on {len(plan.selection.layers)} of {plan.anatomy.num_layers} layers
 
 {plan.selection.describe()}.
 

@@ -101,10 +101,10 @@ class SFTTrainer(trl.SFTTrainer):
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
         if already_attached:
-            check_census(model, plan.ranks)
+            check_census(model, plan.ranks, method=plan.options.adapter)
         else:
             plan.check_fits(model)
-            model = attach(model, plan.anatomy, plan.ranks, lora_dropout=plan.lora_dropout, seed=args.seed)
+            model = attach_plan(model, plan, args.seed)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -116,7 +116,7 @@ class SFTTrainer(trl.SFTTrainer):
                     processing_class=processing_class,
                     **trl_arguments,
                 )
-            check_census(self.model, plan.ranks)
+            check_census(self.model, plan.ranks, method=plan.options.adapter)
         except BaseException:
             if not already_attached:
                 model.unload()
@@ -255,6 +255,14 @@ class _Shortcuts(TrainerCallback):
                 self.trainer.padding_record, self.unpadded = shortcut.record(), None
             if isinstance(shortcut, PrefixCache):
                 self.trainer.prefix_cache_record = shortcut.record()
+
+
+def attach_plan(model: Any, plan: Plan, seed: int) -> PeftModel:
+    """The plan's adapters, on the model itself."""
+    options = plan.options
+    return attach(
+        model, plan.anatomy, plan.ranks, method=options.adapter, lora_dropout=options.lora_dropout, seed=seed
+    )
 
 
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:
