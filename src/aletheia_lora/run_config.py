@@ -47,7 +47,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "adapter": ("adapter",),
     "plan_only": ("tflops",),
     "train": ("plan", "steps", "learning_rate"),
-    "train_only": ("gradient_accumulation", "prefix_cache_dir", "prefix_cache_dtype"),
+    "train_only": (
+        "gradient_accumulation",
+        "prefix_cache_dir",
+        "prefix_cache_dtype",
+        "rerank_every",
+        "rerank_change",
+    ),
     "compare": ("uniform_learning_rate", "timed_steps", "evaluations", "controls", "matched_time"),
     "output": ("output",),
 }
@@ -90,16 +96,18 @@ class RunConfig(BaseModel):
     alpha_ratio: float = Field(2.0, gt=0, description="lora_alpha / rank, everywhere.")
     targets: list[str] | None = Field(None, description="Module names to adapt; all adaptable ones if left out.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    adapter: str = Field("lora", description="What the chosen layers get: lora, ia3, loha, lokr, vera, oft, ...")
     plan: Path | None = Field(None, description="A plan.json to use instead of making one.")
     steps: int = Field(40, ge=1, description="Optimizer steps.")
     batch_size: int = Field(4, ge=1, description="Rows in a step.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate, decaying linearly.")
     gradient_accumulation: int = Field(1, ge=1, description="Micro-batches in a step.")
     gradient_checkpointing: bool = Field(False, description="Less memory, more time; from the lowest layer up.")
-    adapter: str = Field("lora", description="What the chosen layers get: lora, ia3, loha, lokr, vera, oft, ...")
     prefix_cache: bool = Field(False, description="Keep what the layers below the adapted ones compute; replay it.")
     prefix_cache_dir: Path | None = Field(None, description="Keep it in this folder for later runs.")
     prefix_cache_dtype: Literal["model", "bfloat16"] = Field("model", description="Keep it exactly, or in bfloat16.")
+    rerank_every: int | None = Field(None, ge=1, description="Probe again every so many steps; report the ranking.")
+    rerank_change: bool = Field(False, description="Train the layers that are chosen then.")
     uniform_learning_rate: float | None = Field(None, gt=0, description="Uniform LoRA's own peak learning rate.")
     timed_steps: int = Field(8, ge=1, description="Steps of runs that are there for their time only.")
     evaluations: int = Field(4, ge=1, description="Held-out evaluations along a run.")

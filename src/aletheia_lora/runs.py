@@ -142,7 +142,15 @@ def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
     model, tokenizer, parts = _model_and_data(config, say)
     made = _plan(config, say, given, model, tokenizer, parts)
     record = train_adapter(
-        model, tokenizer, made, parts.train, config.output, options, model_name=_shown(config, "model"), say=say
+        model,
+        tokenizer,
+        made,
+        parts.train,
+        config.output,
+        options,
+        model_name=_shown(config, "model"),
+        probe_rows=parts.probe,
+        say=say,
     )
     return {**record, "text": str(made), "output": str(config.output)}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from ..fast_lora import FastLora
 from ..loss import labelled_loss
 from ..planning import Plan
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
+from .rerank import ReRank
 from .truncation import Truncation, backward_depth
 from .unpadded import Unpadded
 
@@ -40,6 +43,8 @@ class SFTTrainer(trl.SFTTrainer):
     is, no padding, each adapter in one pass forward and one backward. After :meth:`train`, ``lowest_backward_layer``
     says where backward really stopped, ``dead_adapters`` names adapters that got no gradient in the first step,
     ``slow_adapters`` those that run as PEFT runs them, with the reason, and ``padding_record`` what was not computed.
+    With :class:`~aletheia_lora.training.rerank.ReRank` among the callbacks, ``plan`` and ``lowest_layer`` follow the
+    layers that train, and ``lowest_backward_layer`` is measured anew after each change.
     """
 
     model: Any
@@ -86,12 +91,11 @@ class SFTTrainer(trl.SFTTrainer):
             raise PlanError("peft_config was given beside a plan. Leave it out: the plan says what to adapt.")
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        max_length = args.max_length
-        train_dataset = _dataset(train_dataset, processing_class, max_length, completion_only)
-        eval_dataset = (
-            None if eval_dataset is None else _dataset(eval_dataset, processing_class, max_length, completion_only)
-        )
+        how = (processing_class, args.max_length, completion_only)
+        train_dataset = _dataset(train_dataset, *how)
+        eval_dataset = None if eval_dataset is None else _dataset(eval_dataset, *how)
         self.plan = plan
+        self.lowest_layer = plan.selection.lowest
         self.lowest_backward_layer: int | None = None
         self.dead_adapters: list[str] = []
         self.slow_adapters: dict[str, str] = {}
@@ -156,7 +160,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _say_if_backward_went_deeper(self) -> None:
         """Warn, once, if something makes backward run below the lowest adapted layer."""
-        lowest, reached = self.plan.selection.lowest, self.lowest_backward_layer
+        lowest, reached = self.lowest_layer, self.lowest_backward_layer
         if reached is not None and 0 <= reached < lowest:
             warnings.warn(
                 f"backward ran down to layer {reached}, though the lowest adapted layer is {lowest}: something makes "
@@ -201,19 +205,27 @@ class _Shortcuts(TrainerCallback):
         self.trainer, self.fast_adapters = trainer, fast_adapters
         self.installed: list[Truncation | FastLora | Unpadded | PrefixCache] = []
         self.unpadded: Unpadded | None = None
+        self.reentrant = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut, speed up, and open the prefix cache."""
-        reentrant = (
+        """Cut, speed up, and open the prefix cache.
+
+        Raises:
+            PlanError: If a prefix cache is to be kept below layers that re-ranking looks into.
+        """
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ReRank):
+                if self.trainer.prefix_cache is not None:
+                    raise PlanError(
+                        "a prefix cache replays the layers below the lowest adapted one, and re-ranking probes them "
+                        "and may adapt them. Leave out one of the two."
+                    )
+                callback.connect(self.paused, functools.partial(self.follow, callback))
+        self.reentrant = (
             bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant")) and args.gradient_checkpointing
         )
+        self._cut_and_speed_up()
         base_model = self.trainer.model.get_base_model()
-        lowest = self.trainer.plan.selection.lowest
-        self.installed.append(Truncation(base_model, lowest, reentrant=reentrant))
-        if self.fast_adapters:
-            fast = FastLora(self.trainer.model)
-            self.installed.append(fast)
-            self.trainer.slow_adapters = dict(fast.skipped)
         reason = None
         if any(module.kind == "mixer" for module in self.trainer.plan.anatomy.modules):
             reason = "its mixers carry a state along"
@@ -225,7 +237,7 @@ class _Shortcuts(TrainerCallback):
             several = self.trainer.accelerator.num_processes * max(args.n_gpu, 1) > 1
             cache = PrefixCache(
                 base_model,
-                lowest,
+                self.trainer.lowest_layer,
                 self.trainer.prefix_cache,
                 num_tokens=expected_tokens(
                     self.trainer.train_dataset,
@@ -236,6 +248,30 @@ class _Shortcuts(TrainerCallback):
                 else None,
             )
             self.installed.append(cache)
+
+    def _cut_and_speed_up(self) -> None:
+        base_model = self.trainer.model.get_base_model()
+        self.installed.append(Truncation(base_model, self.trainer.lowest_layer, reentrant=self.reentrant))
+        if self.fast_adapters:
+            fast = FastLora(self.trainer.model)
+            self.installed.append(fast)
+            self.trainer.slow_adapters = dict(fast.skipped)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, the model runs without cut and fast adapters; afterwards with those of its layers by then."""
+        for shortcut in [entry for entry in self.installed if isinstance(entry, Truncation | FastLora)]:
+            shortcut.remove()
+            self.installed.remove(shortcut)
+        try:
+            yield
+        finally:
+            self._cut_and_speed_up()
+
+    def follow(self, rerank: ReRank) -> None:
+        """Other layers train from now on: cut there when the pause ends, and measure again where backward stops."""
+        self.trainer.plan, self.trainer.lowest_layer = rerank.plan, min(rerank.layers)
+        self.trainer.lowest_backward_layer = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop before the update if a gradient is NaN or infinite, also under a finite loss."""
@@ -260,9 +296,7 @@ class _Shortcuts(TrainerCallback):
 def attach_plan(model: Any, plan: Plan, seed: int) -> PeftModel:
     """The plan's adapters, on the model itself."""
     options = plan.options
-    return attach(
-        model, plan.anatomy, plan.ranks, method=options.adapter, lora_dropout=options.lora_dropout, seed=seed
-    )
+    return attach(model, plan.anatomy, plan.ranks, method=options.adapter, lora_dropout=options.lora_dropout, seed=seed)
 
 
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:
