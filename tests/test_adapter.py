@@ -2,7 +2,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from aletheia_lora.adapter import AdapterOptions, attach, census, check_census, dead_adapters, lora_config
+from aletheia_lora.adapter import attach, census, check_census, dead_adapters, lora_config
+from aletheia_lora.adapter_options import AdapterOptions
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.errors import CensusError, PlanError

@@ -5,7 +5,8 @@ import torch
 import trl
 from peft import PeftModel, get_peft_model
 
-from aletheia_lora.adapter import AdapterOptions, attach, check_census, lora_config, shared_copy
+from aletheia_lora.adapter import attach, check_census, lora_config, shared_copy
+from aletheia_lora.adapter_options import AdapterOptions
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.config import aletheia_lora_config, apply_aletheia_lora

@@ -249,6 +249,8 @@ def test_the_committed_records_make_their_table(name):
         assert failed == {"hqq_int4"}  # as its README says
         assert {record["num_modules"] for record in measured} == {210}
         assert all(record["shapes"] == records[0]["shapes"] for record in measured)
+
+
 # --- sandbox ----------------------------------------------------------------------------------------------------
 
 

@@ -62,8 +62,8 @@ def test_every_command_explains_itself(aletheia, monkeypatch):
     [
         ("doctor", ("model",)),
         ("probe", ("model", "data", "probe", "output")),
-        ("plan", ("model", "data", "probe", "plan", "step", "checkpointing", "plan_only", "output")),
-        ("train", ("model", "data", "probe", "plan", "step", "checkpointing", "train", "train_only", "output")),
+        ("plan", ("model", "data", "probe", "plan", "adapter", "step", "checkpointing", "plan_only", "output")),
+        ("train", ("model", "data", "probe", "plan", "adapter", "step", "checkpointing", "train", "train_only")),
         ("compare", ("model", "data", "probe", "plan", "step", "train", "compare", "output")),
         ("eval", ("model", "evaluate", "output")),
     ],
@@ -173,6 +173,15 @@ def test_train_writes_an_adapter_by_a_plan_made_before(aletheia, model, data, tm
     printed = aletheia("train", *shared, "--output", tmp_path / "again", "--gradient-accumulation", "2")
     assert "backward stopped at layer 2 (measured)" in printed
     assert names(tmp_path) == {"plan.json", "adapter", "again"}
+
+
+def test_train_takes_another_adapter_and_ranks_again_on_the_way(aletheia, model, data, tmp_path):
+    shared = (model, data, *SMALL, "--validation-rows", "4", *SHORT, "--adapter", "loha", "--rerank-every", "1")
+    record = one_object(aletheia("train", *shared, "--output", tmp_path / "adapter", "--json"))
+    assert record["adapter"] == "loha" and [event["step"] for event in record["rerank"]["events"]] == [1, 2]
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
+    assert sum(p.numel() for n, p in loaded.named_parameters() if "hada_" in n) == record["trainable_params"]
+    assert "# loha adapter on 2 of 4 layers" in (tmp_path / "adapter" / "README.md").read_text()
 
 
 def test_compare_prints_a_table_and_writes_a_page(aletheia, model, data, tmp_path):

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
-from aletheia_lora.adapter import AdapterOptions, attach
+from aletheia_lora.adapter import attach
+from aletheia_lora.adapter_options import AdapterOptions
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.fast_lora import FastLora, _LoraLinear

@@ -39,6 +39,8 @@ ROOMS = (
     "memory",
     "selection",
     "allocation",
+    "adapter_options",
+    "methods",
     "adapter",
     "fast_lora",
     "calibration",

@@ -91,7 +91,7 @@ def test_a_resolved_run_reads_back_as_itself(yaml_file):
         ("time_bugdet: 0.5", "unknown key 'time_bugdet'. Did you mean 'time_budget'?"),
         ("Steps: 4", "unknown key 'Steps'. Did you mean 'steps'?"),
         ("learning-rate: 0.1", "unknown key 'learning-rate'. Did you mean 'learning_rate'?"),
-        ("zzz: 1", "unknown key 'zzz'. Known: adapters, allocation,"),
+        ("zzz: 1", "unknown key 'zzz'. Known: adapter, adapters, allocation,"),
         ("4: 1", "unknown key '4'"),
         ("null: 1", "unknown key"),
     ],

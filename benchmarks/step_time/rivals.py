@@ -27,14 +27,14 @@ from aletheia_lora.anatomy import ModelAnatomy
 from aletheia_lora.calibration import measured_rate
 from aletheia_lora.comparison.arms import Arm, CompareOptions
 from aletheia_lora.comparison.record import environment
-from aletheia_lora.comparison.runs import attach_plan, frozen_weights_put_back, run_of
+from aletheia_lora.comparison.runs import frozen_weights_put_back, run_of
 from aletheia_lora.cost import BACKWARD_PENALTY, HEAD_PENALTY, CostModel, StepShape, cost_model
 from aletheia_lora.data import TokenizedRows, split
 from aletheia_lora.errors import AletheiaError
 from aletheia_lora.planning import Plan, mean_ranks
 from aletheia_lora.probe_result import ProbeResult
 from aletheia_lora.training.interleave import Turn, take_turns
-from aletheia_lora.training.trainer import trl_skips_unlabelled
+from aletheia_lora.training.trainer import attach_plan, trl_skips_unlabelled
 
 HERE = Path(__file__).resolve().parent
 SEED, PROBE_ROWS, LEARNING_RATE = 0, 8, 2e-3

@@ -1,7 +1,8 @@
-"""Ranks -> a ``peft.LoraConfig``; attaches it and takes the census that proves what was adapted.
+"""Ranks -> a PEFT configuration; attaches it and takes the census that proves what was adapted.
 
-Beside ``fast_lora.py`` the only room that knows how PEFT spells things. Modules are named in full, because leaf names
-reach further than meant: into unselected layers of mixture-of-experts models, vision towers and shared experts.
+Beside ``methods.py`` and ``fast_lora.py`` the only room that knows how PEFT spells things. Modules are named in full,
+because leaf names reach further than meant: into unselected layers of mixture-of-experts models, vision towers and
+shared experts.
 """
 
 from __future__ import annotations
@@ -9,84 +10,24 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from .adapter_options import PLAIN, AdapterOptions
 from .allocation import ModuleRank
 from .anatomy import ModelAnatomy
 from .errors import CensusError, PlanError, nearest
 from .layers import embedding_of
+from .methods import METHODS, checked_modules, method_config, method_of
 from .quantized import settle_states, state_tensors
-
-REWRITE_WEIGHTS = frozenset({"pissa", "olora"})
-"""Initializations that take what the adapter starts with out of the frozen weight."""
-INITIALIZATIONS = frozenset({"default", "gaussian", "orthogonal"}) | REWRITE_WEIGHTS
-REFUSED_INITIALIZATIONS = {
-    "eva": "it reads data and moves ranks between modules, which the plan has settled",
-    "corda": "it reads data through a configuration of its own",
-    "lora_ga": "it reads gradients through a configuration of its own",
-    "loftq": "it replaces the frozen weights by quantized ones through a configuration of its own",
-    "mica": "it freezes lora_B, so half of the planned weights would not train",
-    "pissa_niter": "it draws at random from the weights, so a saved adapter does not load as it was; pissa does",
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterOptions:
-    """What an adapter is besides its rank and alpha, in the words of ``peft.LoraConfig``."""
-
-    lora_dropout: float = 0.0
-    """Dropout before the adapter, 0 to 1."""
-    use_dora: bool = False
-    """Weight-decomposed LoRA (arXiv 2402.09353): the norm of each row of the weight is learned beside the adapter."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."""
-    lora_bias: bool = False
-    """Train a bias in lora_B."""
-    init_lora_weights: str = "default"
-    """One of :data:`INITIALIZATIONS`; ``default`` is PEFT's ``True``."""
-    modules_to_save: tuple[str, ...] | None = None
-    """Modules above the decoder layers to train and save whole, by leaf or full name, e.g. ``lm_head``."""
-
-    def __post_init__(self) -> None:
-        """Check what PEFT would find out late, or not at all."""
-        name = self.init_lora_weights
-        refused = next((key for key in REFUSED_INITIALIZATIONS if str(name).startswith(key)), None)
-        if refused is not None:
-            raise PlanError(
-                f"init_lora_weights={name!r} is not for a plan: {REFUSED_INITIALIZATIONS[refused]}. Use stock PEFT for "
-                f"it, or one of {sorted(INITIALIZATIONS)}."
-            )
-        if name not in INITIALIZATIONS:
-            raise PlanError(f"unknown init_lora_weights {name!r}. {nearest(str(name), INITIALIZATIONS)}")
-        if self.lora_bias and (self.use_dora or name != "default"):
-            other = "use_dora" if self.use_dora else f"init_lora_weights={name!r}"
-            raise PlanError(f"lora_bias does not work with {other} in PEFT. Leave out one of the two.")
-
-    @property
-    def rewrites_weights(self) -> bool:
-        """Attaching changes the frozen weights of the adapted modules."""
-        return self.init_lora_weights in REWRITE_WEIGHTS
-
-    def in_words(self) -> str:
-        """The options that are not as usual, e.g. ``use_dora, init_lora_weights=pissa``; empty if all are."""
-        usual = AdapterOptions()
-        given = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return ", ".join(
-            name if value is True else f"{name}={value if isinstance(value, str | float) else '+'.join(value)}"
-            for name, value in given.items()
-            if value != getattr(usual, name)
-        )
-
-
-PLAIN = AdapterOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +36,25 @@ class AdapterEntry:
 
     name: str
     """Full name of the adapted module, or of the parameter for stacked experts."""
-    rank: int
-    alpha: float
+    rank: int | None
+    """None where the method has none; so is ``alpha``."""
+    alpha: float | None
     num_params: int
+    method: str = "lora"
+    """A key of :data:`~aletheia_lora.methods.METHODS`."""
+
+
+def peft_config(anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], options: AdapterOptions = PLAIN) -> PeftConfig:
+    """An ordinary PEFT configuration that adapts exactly the modules in ``ranks``, by the method of the options.
+
+    Raises:
+        ValueError: If no method has this name.
+        PlanError: If the method cannot adapt one of them, as :func:`lora_config` and
+            :func:`~aletheia_lora.methods.method_config` say.
+    """
+    if options.adapter == "lora":
+        return lora_config(anatomy, ranks, options)
+    return method_config(options.adapter, anatomy, ranks)
 
 
 def lora_config(anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], options: AdapterOptions = PLAIN) -> LoraConfig:
@@ -106,22 +63,13 @@ def lora_config(anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], options: Ada
     Args:
         anatomy: Anatomy of the model the configuration is for.
         ranks: One entry per module to adapt.
-        options: Dropout and PEFT's variants of LoRA.
+        options: Dropout and PEFT's variants of LoRA; the method is not read.
 
     Raises:
         PlanError: If a module is not in the model, is named twice, or stacked experts meet an option that PEFT does
             not have for them.
     """
-    if not ranks:
-        raise PlanError("no module was given a rank. Choose at least one layer and one target.")
-    known = {module.name: module for module in anatomy.modules}
-    unknown = [entry.name for entry in ranks if entry.name not in known]
-    if unknown:
-        raise PlanError(
-            f"{len(unknown)} modules are not in {anatomy.architecture}, e.g. {unknown[0]!r}. Make a new plan for it."
-        )
-    if len({entry.name for entry in ranks}) != len(ranks):
-        raise PlanError("a module is named twice in the ranks. Give each module one rank.")
+    known = {module.name: module for module in checked_modules(anatomy, ranks)}
     rewritten = _leaf_names_peft_rewrites(anatomy.model_type)
     modules, parameters = [], []
     rank_pattern: dict[str, int] = {}
@@ -163,6 +111,7 @@ def lora_config(anatomy: ModelAnatomy, ranks: Sequence[ModuleRank], options: Ada
 def peft_arguments(options: AdapterOptions) -> dict[str, Any]:
     """The options as ``peft.LoraConfig`` takes them."""
     given = asdict(options)
+    del given["adapter"]
     given["init_lora_weights"] = True if options.init_lora_weights == "default" else options.init_lora_weights
     given["modules_to_save"] = None if options.modules_to_save is None else list(options.modules_to_save)
     return given
@@ -184,18 +133,17 @@ def attach(
     adapters, its weights and ``requires_grad`` flags as found.
 
     Raises:
-        PlanError: As :func:`lora_config`; if PEFT cannot put these adapters on these modules (a storage of weights
+        PlanError: As :func:`peft_config`; if PEFT cannot put these adapters on these modules (a storage of weights
             that it does not know); or if a module to save is not there, or not above the layers.
         CensusError: If what was attached is not what was planned.
     """
-    config = lora_config(anatomy, ranks, options)
+    config = peft_config(anatomy, ranks, options)
     _check_modules_to_save(model, anatomy, options.modules_to_save or ())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     weights = _weights_of(model, [entry.name for entry in ranks]) if options.rewrites_weights else []
     originals = [(weight, weight.detach().clone()) for weight in weights]
-    devices = [model.device] if getattr(getattr(model, "device", None), "type", "") == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=_cuda_of(model)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the census below is stricter than any of PEFT's warnings
             torch.manual_seed(seed)
             peft_model = _get_peft_model(model, config, full_precision)
@@ -208,6 +156,69 @@ def attach(
             parameter.requires_grad_(flag)
         raise
     return peft_model
+
+
+def add_adapters(
+    peft_model: PeftModel,
+    anatomy: ModelAnatomy,
+    ranks: Sequence[ModuleRank],
+    further: Sequence[ModuleRank],
+    options: AdapterOptions = PLAIN,
+    *,
+    seed: int = 0,
+) -> None:
+    """Put further adapters, fresh ones, on a model that carries those of ``ranks``; these keep weights and flags.
+
+    The new ones belong to the same adapter, share its settings and dtype, and are saved with it. Their random start
+    depends on ``seed`` alone; the global random state does not move.
+
+    Raises:
+        PlanError: If the method cannot adapt one of the modules.
+        CensusError: If what the model then carries is not ``ranks`` and ``further``.
+    """
+    tuner: Any = peft_model.base_model
+    before = tuner.peft_config["default"]
+    together = _retargeted(before, peft_config(anatomy, [*ranks, *further], options))
+    flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+    had = {id(parameter) for parameter, _ in flags}
+    dtype = next(parameter.dtype for _, _, parameters in _adapters(peft_model) for parameter in parameters.values())
+    tuner.peft_config["default"] = _retargeted(before, peft_config(anatomy, further, options))
+    try:
+        with torch.random.fork_rng(devices=_cuda_of(peft_model)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in attach
+            torch.manual_seed(seed)
+            tuner.inject_adapter(tuner.model, "default")
+    finally:
+        tuner.peft_config["default"] = together
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    for parameter in peft_model.parameters():
+        if id(parameter) not in had:
+            parameter.data = parameter.data.to(dtype)
+    check_census(peft_model, [*ranks, *further], options)
+
+
+def adapter_weights(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Name of each adapted module -> the adapter's weights, by PEFT's name for them."""
+    return {name.removesuffix(".weight"): parameters for name, _, parameters in _adapters(model)}
+
+
+def own_modules(model: nn.Module) -> dict[str, str]:
+    """Path of each module of the model's own -> its name without adapters; the adapters' modules are left out."""
+    wrapped = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+    def own(path: str) -> str | None:
+        kept, above = [], ""
+        for part in path.split("."):
+            if above not in wrapped:
+                kept.append(part)
+            elif part != "base_layer":
+                return None
+            above = f"{above}.{part}" if above else part
+        return ".".join(kept)
+
+    paths = (path for path, _ in model.named_modules() if path not in wrapped)
+    return {path: name for path in paths if (name := own(path)) is not None}
 
 
 def shared_copy(model: nn.Module, *, own: Sequence[str] = ()) -> Any:
@@ -232,21 +243,13 @@ def shared_copy(model: nn.Module, *, own: Sequence[str] = ()) -> Any:
 def census(model: nn.Module, adapter_name: str = "default") -> tuple[AdapterEntry, ...]:
     """List every adapter that the model really carries, by walking its modules."""
     entries = []
-    modules: Iterable[tuple[str, Any]] = model.named_modules()
-    for path, module in modules:
-        if not isinstance(module, LoraLayer) or adapter_name not in module.r:
-            continue
-        name = path.removeprefix("base_model.model.").replace(".base_layer", "")
-        if isinstance(module, ParamWrapper):
-            name = f"{name}.{module.parameter_name}"
-        num_params = sum(
-            parameter.numel()
-            for key, parameter in module.named_parameters()  # type: ignore[attr-defined]
-            if f".{adapter_name}." in f".{key}." and ".base_layer." not in f".{key}" and key.startswith("lora_")
-        )
-        entries.append(
-            AdapterEntry(name, int(module.r[adapter_name]), float(module.lora_alpha[adapter_name]), num_params)
-        )
+    for name, layer, parameters in _adapters(model, adapter_name):
+        rank, alpha = (_setting(layer, keys, adapter_name) for keys in (("r", "hra_r"), ("lora_alpha", "alpha")))
+        method = type(layer).__module__.split(".")[2]  # peft.tuners.<method>...
+        if method in METHODS and METHODS[method].rank is None:
+            rank = None  # OFT's r is a number of blocks
+        num_params = sum(parameter.numel() for parameter in parameters.values())
+        entries.append(AdapterEntry(name, rank, None if alpha is None else float(alpha), num_params, method))
     return tuple(entries)
 
 
@@ -256,12 +259,22 @@ def check_census(
     """Compare the adapters on the model with the plan, module by module.
 
     Raises:
-        CensusError: If any adapter is missing, extra, on the wrong module, of another rank or alpha, or of another
-            variant of LoRA, or if a weight other than the adapters' would train that is not to.
+        CensusError: If any adapter is missing, extra, on the wrong module, of another method, rank or alpha, or of
+            another variant of LoRA, or if a weight other than the adapters' would train that is not to.
     """
-    found = census(model)
-    have = {entry.name.removesuffix(".weight"): (entry.rank, entry.alpha) for entry in found}
-    want: Mapping[str, tuple[int, float]] = {entry.name: (entry.rank, float(entry.alpha)) for entry in ranks}
+    found, rule = census(model), method_of(options.adapter)
+    other = sorted({entry.method for entry in found} - {options.adapter})
+    if other:
+        raise CensusError(
+            f"the adapters on the model are {other[0]}, and the plan says {options.adapter}. Nothing was trained."
+        )
+    have: dict[str, tuple[Any, Any]] = {
+        entry.name.removesuffix(".weight"): (entry.rank, entry.alpha) for entry in found
+    }
+    want: dict[str, tuple[Any, Any]] = {
+        entry.name: (None if rule.rank is None else entry.rank, float(entry.alpha) if rule.alpha else None)
+        for entry in ranks
+    }
     missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
     wrong = sorted(name for name in set(want) & set(have) if want[name] != have[name])
     if missing or extra or wrong:
@@ -274,11 +287,12 @@ def check_census(
             f"the adapters on the model are not those of the plan: {', '.join(details)}. Nothing was trained."
         )
     _check_variant(model, options)
+    own = {id(parameter) for _, _, parameters in _adapters(model) for parameter in parameters.values()}
     saved = tuple(f"{name}.modules_to_save." for name in options.modules_to_save or ())
     foreign = [
         name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "lora_" not in name and not (saved and any(part in f".{name}" for part in saved))
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and id(weight) not in own and not any(part in f".{name}" for part in saved)
     ]
     if foreign:
         raise CensusError(
@@ -288,15 +302,16 @@ def check_census(
 
 
 def dead_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters whose ``lora_B`` has no gradient or a zero one; call after the first backward.
+    """Names of the modules whose adapter trains and got no gradient, or only zeros; call after the first backward.
 
     Of a gradient that is sharded over processes the part of this process is looked at.
     """
-    return [
-        name.removeprefix("base_model.model.")
-        for name, parameter in model.named_parameters()
-        if "lora_B" in name and parameter.requires_grad and not _has_gradient(parameter)
-    ]
+    dead = []
+    for name, _, parameters in _adapters(model):
+        training = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        if training and not any(_has_gradient(weight) for weight in training):
+            dead.append(name)
+    return dead
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:
@@ -304,10 +319,48 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
     return gradient is not None and bool((gradient.to_local() if hasattr(gradient, "to_local") else gradient).any())
 
 
+def _adapters(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, Any, dict[str, nn.Parameter]]]:
+    """Each adapted module's name in the base model, the layer that PEFT put there, and the adapter's own weights."""
+    layers: list[tuple[str, Any]] = [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for path, module in layers:
+        parameters = {
+            key: parameter
+            for key, parameter in module.named_parameters()
+            if key.startswith(tuple(f"{own}." for own in module.adapter_layer_names))
+            and f".{adapter_name}." in f".{key}."
+        }
+        if parameters:
+            name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            if isinstance(module, ParamWrapper):
+                name = f"{name}.{module.parameter_name}"
+            yield name, module, parameters
+
+
+def _retargeted(config: PeftConfig, targets: PeftConfig) -> PeftConfig:
+    """A copy of the configuration that adapts the modules of the other one, at its ranks."""
+    changed = copy.copy(config)
+    for key in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "r", "lora_alpha", "alpha"):
+        if hasattr(config, key):
+            setattr(changed, key, getattr(targets, key))
+    if isinstance(config, IA3Config):
+        changed.feedforward_modules = targets.feedforward_modules  # type: ignore[attr-defined]
+    return changed
+
+
+def _cuda_of(model: Any) -> list[torch.device]:
+    """The devices whose random state a start of adapters on this model moves, besides the CPU's."""
+    return [model.device] if getattr(getattr(model, "device", None), "type", "") == "cuda" else []
+
+
+def _setting(layer: Any, keys: Sequence[str], adapter_name: str) -> Any:
+    """The first of these attributes that the layer has, for this adapter; None if it has none."""
+    return next((getattr(layer, key)[adapter_name] for key in keys if hasattr(layer, key)), None)
+
+
 # --- what PEFT can, and what it cannot ----------------------------------------------------------------------------
 
 
-def _get_peft_model(model: Any, config: LoraConfig, full_precision: bool) -> PeftModel:
+def _get_peft_model(model: Any, config: PeftConfig, full_precision: bool) -> PeftModel:
     """PEFT's own call, with what it says of a module it cannot adapt put into our words."""
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=full_precision)
@@ -399,7 +452,7 @@ def _take_off(model: nn.Module) -> None:
     """Put every adapted or wrapped module's own back in its place, also where PEFT stopped half-way."""
     for path, module in list(model.named_modules()):
         inner: Any = None
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             inner = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
             inner = module.original_module
@@ -407,7 +460,9 @@ def _take_off(model: nn.Module) -> None:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, inner)
     vars(model).pop("peft_config", None)
-def _got(name: str, want: Mapping[str, tuple[int, float]], have: Mapping[str, tuple[int, float]]) -> str:
+
+
+def _got(name: str, want: Mapping[str, tuple[Any, Any]], have: Mapping[str, tuple[Any, Any]]) -> str:
     if name in want and name in have:
         return f": planned rank and alpha {want[name]}, found {have[name]}"
     return ""

@@ -227,7 +227,7 @@ _command(
 _command(
     "plan",
     "Choose layers and ranks, and predict what that saves; --output plan.json keeps it, --dry-run needs no weights.",
-    ("model", *_PLANNING, "step", "checkpointing", "caching", "plan_only", "output"),
+    ("model", *_PLANNING, "adapter", "step", "checkpointing", "caching", "plan_only", "output"),
     ("model", "data"),
     "run_plan",
     _show_plan,
@@ -236,7 +236,7 @@ _command(
 _command(
     "train",
     "Train an adapter by plan; --output FOLDER takes it.",
-    ("model", *_PLANNING, "step", "checkpointing", "caching", "train", "train_only", "output"),
+    ("model", *_PLANNING, "adapter", "step", "checkpointing", "caching", "train", "train_only", "output"),
     ("model", "data"),
     "run_train",
     _show_train,

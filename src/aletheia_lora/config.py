@@ -11,7 +11,8 @@ from typing import Any
 
 from peft import LoraConfig
 
-from .adapter import AdapterOptions, lora_config, peft_arguments
+from .adapter import lora_config, peft_arguments
+from .adapter_options import AdapterOptions
 from .allocation import ModuleRank, matches_target
 from .anatomy import ModuleAnatomy, anatomy, kind_of
 from .errors import PlanError, nearest
@@ -51,7 +52,7 @@ def aletheia_lora_config(
         mlp_alpha: Alpha of MLP modules; ``mlp_r * lora_alpha / r`` if left out.
         lora_dropout: Dropout before the adapter.
         task_type: PEFT's task type.
-        use_dora: As in :class:`~aletheia_lora.adapter.AdapterOptions`, like the next four.
+        use_dora: As in :class:`~aletheia_lora.adapter_options.AdapterOptions`, like the next four.
         use_rslora: Scale by alpha / sqrt(rank).
         lora_bias: Train a bias in lora_B.
         init_lora_weights: How the adapters start.

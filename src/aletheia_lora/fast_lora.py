@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -27,8 +28,9 @@ from transformers.pytorch_utils import Conv1D
 class FastLora:
     """Fast forward and backward on every LoRA layer that allows it, until :meth:`remove`.
 
-    Adapters, their names and their files stay PEFT's. A layer that cannot be fast runs as before, and ``skipped`` says
-    why; so does, call by call, one that is merged, disabled or asked for another adapter.
+    Adapters, their names and their files stay PEFT's. A layer that cannot be fast, every one of another method among
+    them, runs as before, and ``skipped`` says why; so does, call by call, one that is merged, disabled or asked for
+    another adapter.
     """
 
     def __init__(self, peft_model: nn.Module) -> None:
@@ -36,7 +38,7 @@ class FastLora:
         self.modules: dict[str, PeftLinear] = {}
         self.skipped: dict[str, str] = {}
         """name of the adapted module -> why it runs as PEFT runs it."""
-        layers = [(name, module) for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)]
+        layers = [(name, module) for name, module in peft_model.named_modules() if isinstance(module, BaseTunerLayer)]
         for path, module in layers:
             name = path.removeprefix("base_model.model.")
             reason = _why_not(module)
@@ -72,8 +74,8 @@ def adapted_linear(
     return adapted
 
 
-def _why_not(module: LoraLayer) -> str | None:
-    """Why this LoRA layer must run as PEFT runs it; None if it can be fast."""
+def _why_not(module: BaseTunerLayer) -> str | None:
+    """Why this adapted layer must run as PEFT runs it; None if it can be fast."""
     if isinstance(module, ParamWrapper):
         return "stacked experts"
     if type(module) is not PeftLinear:
@@ -167,9 +169,10 @@ class _LoraLinear(torch.autograd.Function):
         dtype = ctx.dtype
         dy_TO = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
         dh_TR = (dy_TO @ b_OR.to(dtype)).mul_(ctx.scaling)
-        db_OR = (dy_TO.T @ h_TR).to(b_OR.dtype).mul_(ctx.scaling)
-        da_RI = (dh_TR.T @ x_TI).to(a_RI.dtype)
-        dx = None
+        da_RI = db_OR = dx = None
+        if ctx.needs_input_grad[3]:  # not where the adapter was frozen
+            db_OR = (dy_TO.T @ h_TR).to(b_OR.dtype).mul_(ctx.scaling)
+            da_RI = (dh_TR.T @ x_TI).to(a_RI.dtype)
         if ctx.needs_input_grad[0]:
             dx_TI = (dy_TO @ weight_OI.to(dtype)).addmm_(dh_TR, a_RI.to(dtype))
             dx = dx_TI.view(ctx.input_shape).to(ctx.input_dtype)

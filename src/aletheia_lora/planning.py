@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
-from .adapter import AdapterOptions, lora_config
+from .adapter import lora_config, peft_config
+from .adapter_options import AdapterOptions
 from .allocation import AllocationOptions, ModuleRank, allocate, trainable_params
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import timed_adapters
@@ -23,6 +24,7 @@ from .errors import PlanError, nearest
 from .files import write_json
 from .layers import embedding_of
 from .memory import parse_bytes
+from .methods import method_of, with_params
 from .placement import input_device
 from .prediction import (
     Prediction,
@@ -40,6 +42,7 @@ from .scores import layer_scores
 from .selection import LayerSelection, ParetoPoint, SelectionOptions, nothing_fits, pareto, select
 
 FORMAT = "aletheia-plan/1"
+OPTIONAL = frozenset({"prediction", "history"})  # plans from before these lack them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,13 +86,14 @@ class PlanOptions:
     targets: tuple[str, ...] | None = None
     """Leaf or full module names to adapt; all that can be adapted if left out."""
     lora_dropout: float = 0.0
-    """Dropout before the adapters."""
+    """Dropout before the adapters, LoRA's only like the next five, which are as in ``AdapterOptions``."""
     use_dora: bool = False
-    """As in ``adapter.AdapterOptions``, like the next four."""
     use_rslora: bool = False
     lora_bias: bool = False
     init_lora_weights: str = "default"
     modules_to_save: tuple[str, ...] | None = None
+    adapter: str = "lora"
+    """What the chosen layers get: a key of ``methods.METHODS``. The choice itself counts with LoRA's cost."""
     probe_batches: int = 8
     """Batches read by the probe."""
     probe_batch_size: int = 1
@@ -102,14 +106,27 @@ class PlanOptions:
     def __post_init__(self) -> None:
         """Check what no later room checks."""
         parse_bytes(self.memory_budget)
-        _ = self.adapter  # it checks its own fields
+        method_of(self.adapter)
+        _ = self.adapter_options  # it checks its own fields
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}, expected at least 1.")
 
     @property
-    def adapter(self) -> AdapterOptions:
+    def adapter_options(self) -> AdapterOptions:
         """What the adapters are besides rank and alpha."""
         return AdapterOptions(**{name: getattr(self, name) for name in AdapterOptions.__dataclass_fields__})
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChange:
+    """The layers that train, changed while training; a layer that left keeps its adapter as it was."""
+
+    step: int
+    """Optimizer steps before the change."""
+    layers: tuple[int, ...]
+    """Layers that train from then on."""
+    entered: tuple[int, ...]
+    left: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,8 @@ class Plan:
     """What the scores were made from; None for a plan made without a probe."""
     prediction: Prediction | None = None
     """Time and memory of a step; None in plans from before these were predicted."""
+    history: tuple[LayerChange, ...] = ()
+    """How the layers that train changed on the way; the plan names all that carry an adapter."""
 
     @property
     def trainable_params(self) -> int:
@@ -137,11 +156,32 @@ class Plan:
     @property
     def rewritten_modules(self) -> tuple[str, ...]:
         """Modules whose frozen weights attaching will change; a copy of the model needs those weights for itself."""
-        return tuple(entry.name for entry in self.ranks) if self.options.adapter.rewrites_weights else ()
+        return tuple(entry.name for entry in self.ranks) if self.options.adapter_options.rewrites_weights else ()
 
     def lora_config(self) -> LoraConfig:
-        """An ordinary ``peft.LoraConfig`` naming every adapted module in full."""
-        return lora_config(self.anatomy, self.ranks, self.options.adapter)
+        """An ordinary ``peft.LoraConfig`` naming every adapted module in full, whatever the plan's adapter is."""
+        options = self.options.adapter_options
+        return lora_config(self.anatomy, self.ranks, options if options.adapter == "lora" else AdapterOptions())
+
+    def peft_config(self) -> PeftConfig:
+        """The ordinary PEFT configuration of the plan's adapter, naming every adapted module in full.
+
+        Raises:
+            PlanError: If that method cannot adapt one of the modules; says which and why.
+        """
+        return peft_config(self.anatomy, self.ranks, self.options.adapter_options)
+
+    def with_adapter(self, adapter: str) -> Plan:
+        """The same layers and ranks, adapted by another method: a key of ``methods.METHODS``.
+
+        Raises:
+            ValueError: If there is no such method.
+            PlanError: If it cannot adapt one of the modules; says which and why.
+        """
+        options = replace(self.options, adapter=adapter)
+        made = replace(self, options=options, ranks=with_params(adapter, self.anatomy, self.ranks))
+        made.peft_config()
+        return made
 
     def check_fits(self, model: Any) -> None:
         """Check that the plan was made for a model of this shape.
@@ -172,13 +212,16 @@ class Plan:
                     f"the profile is flat (max/min {self.probe.spread:.2f} < 2.5): the scores hardly tell layers "
                     "apart, so cost decides; ranks in proportion to such scores have cost accuracy (arXiv 2605.07366)"
                 )
-        ranks = sorted({entry.rank for entry in self.ranks})
+        ranks = ", ".join(str(rank) for rank in sorted({entry.rank for entry in self.ranks}))
+        method = method_of(self.options.adapter)
         lines.append(
-            f"ranks: {self.options.allocation}, {', '.join(map(str, ranks))}; "
-            f"{self.trainable_params:,} trainable weights in {len(self.ranks)} modules"
+            (f"ranks: {self.options.allocation}, {ranks}; " if method.rank is not None else "")
+            + f"{self.trainable_params:,} trainable weights in {len(self.ranks)} modules"
         )
-        if self.options.adapter.in_words():
-            lines.append(f"adapters: {self.options.adapter.in_words()}; predictions are those of plain LoRA")
+        if self.options.adapter != "lora":
+            lines.append(f"adapter: {self.options.adapter}; predictions are for LoRA of rank {ranks} on these layers")
+        if self.options.adapter_options.in_words():
+            lines.append(f"adapters: {self.options.adapter_options.in_words()}; predictions are those of plain LoRA")
         if self.selection.lowest == 0:
             lines.append("layer 0 is among them, so backward runs through the whole model and little time is saved")
         return "\n".join(lines)
@@ -195,6 +238,7 @@ class Plan:
             "pareto": [asdict(point) for point in self.pareto],
             "probe": None if self.probe is None else self.probe.to_dict(),
             "prediction": None if self.prediction is None else self.prediction.to_dict(),
+            "history": [asdict(change) for change in self.history],
         }
 
     @classmethod
@@ -207,7 +251,7 @@ class Plan:
         if not isinstance(record, Mapping) or record.get("format") != FORMAT:
             given = record.get("format") if isinstance(record, Mapping) else type(record).__name__
             raise PlanError(f"not a plan: format is {given!r}, expected {FORMAT!r}.")
-        missing = [key.name for key in fields(cls) if key.name not in record and key.name != "prediction"]
+        missing = [key.name for key in fields(cls) if key.name not in record and key.name not in OPTIONAL]
         if missing:
             raise PlanError(f"the plan lacks {missing}. Make it again with `aletheia plan`.")
         try:
@@ -237,9 +281,13 @@ class Plan:
             pareto=tuple(ParetoPoint(**{**point, "layers": tuple(point["layers"])}) for point in record["pareto"]),
             probe=None if record["probe"] is None else ProbeResult.from_dict(record["probe"]),
             prediction=prediction_from_dict(record.get("prediction")),
+            history=tuple(
+                LayerChange(entry["step"], *(tuple(entry[key]) for key in ("layers", "entered", "left")))
+                for entry in record.get("history", ())
+            ),
         )
         layers = made.anatomy.check_layers(made.selection.layers)
-        made.lora_config()
+        made.peft_config()
         modules = {module.name: module for module in made.anatomy.modules}
         for entry in made.ranks:
             module = modules[entry.name]
@@ -248,11 +296,11 @@ class Plan:
             if module.layer_idx not in layers:
                 raise PlanError(f"the plan gives ranks to layers it does not select: {entry.name}. Edit both.")
         ranks = [
-            replace(entry, layer_idx=module.layer_idx, kind=module.kind, num_params=module.adapter_params(entry.rank))
+            replace(entry, layer_idx=module.layer_idx, kind=module.kind)
             for entry in made.ranks
             for module in (modules[entry.name],)
         ]
-        return replace(made, ranks=tuple(ranks))
+        return replace(made, ranks=with_params(made.options.adapter, made.anatomy, ranks))
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all."""
@@ -337,11 +385,7 @@ def probe_rows(
         return rows if isinstance(rows, TokenizedRows) else tokenize(rows, tokenizer, max_length=max_length)
 
     def prepare() -> tuple[ModelAnatomy, list[dict[str, Tensor]]]:
-        order = np.random.default_rng(options.seed).permutation(len(tokenized))
-        count = min(options.probe_batches * options.probe_batch_size, len(tokenized))
-        sample = [tokenized[int(index)] for index in order[:count]]
-        pad = getattr(tokenizer, "pad_token_id", None) or 0
-        return anatomy(model), list(batches(sample, min(options.probe_batch_size, len(sample)), pad))
+        return anatomy(model), probe_batches(tokenized, options, getattr(tokenizer, "pad_token_id", None) or 0)
 
     tokenized = together(read, "reading the rows")
     started = time.perf_counter()
@@ -368,11 +412,23 @@ def probe_rows(
     return found, on_main(finish, "timing adapters")
 
 
+def probe_batches(rows: TokenizedRows, options: PlanOptions, pad_token_id: int) -> list[dict[str, Tensor]]:
+    """The batches that the probe reads: rows drawn by the seed, the same every time.
+
+    Raises:
+        DataError: If there are no rows.
+    """
+    order = np.random.default_rng(options.seed).permutation(len(rows))
+    sample = [rows[int(index)] for index in order[: options.probe_batches * options.probe_batch_size]]
+    return list(batches(sample, max(min(options.probe_batch_size, len(sample)), 1), pad_token_id))
+
+
 def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOptions, *, model: Any = None) -> Plan:
     """The part of planning that needs no data: score -> cost -> choose -> rank.
 
     Raises:
-        PlanError: If the probe is of another model, or the budget or ranks cannot be met.
+        PlanError: If the probe is of another model, the budget or ranks cannot be met, or the adapter does not take
+            one of the modules.
         ValueError: If an option names something unknown.
     """
     if measured.fingerprint != found.fingerprint:
@@ -444,7 +500,8 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
             chosen_at = min(choice.memory_budget, choice.step_bytes(selection.layers))
             choice = replace(choice, memory_budget=max(chosen_at - max(over // 4, 1), 1))
     selection = replace(selection, predicted_time_share=share)
-    return Plan(found, options, scores, selection, ranks, frontier, measured, predicted)
+    made = Plan(found, options, scores, selection, ranks, frontier, measured, predicted)
+    return made.with_adapter(options.adapter)
 
 
 def allocation_options(options: PlanOptions, measured: ProbeResult | None) -> AllocationOptions:

@@ -97,6 +97,7 @@ def probe(
     loss_fn: LossFunction = labelled_loss,
     device: torch.device | None = None,
     anatomy_: ModelAnatomy | None = None,
+    names: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> ProbeResult:
     """Measure the gradient norm of every weight in every layer, one forward and backward per batch.
@@ -117,6 +118,9 @@ def probe(
         loss_fn: ``(model, batch) -> scalar loss``; the mean next-token loss over labelled tokens if left out.
         device: Where to put the batches; the model's own device if left out.
         anatomy_: The model's anatomy, if at hand.
+        names: For a model that carries adapters: path of each module of its own -> its name in the anatomy
+            (``adapter.own_modules``). The gradients are those of its own weights, in the function that model and
+            adapters compute together; the adapters' weights are not measured.
         progress: Show a progress bar.
 
     Raises:
@@ -170,7 +174,7 @@ def _measured(
     losses: list[float] = []
     with _left_as_found(model), in_memory(_measured_by_autograd(model, found)):
         clock = Stopwatch(model, target)
-        watch = _Watch(model, found, "exact" if taylor else mode, taylor, clock)
+        watch = _Watch(model, found, "exact" if taylor else mode, taylor, clock, names)
         try:
             for index, batch in share:
                 on_device = {key: value.to(target) for key, value in batch.items()}
@@ -226,7 +230,15 @@ def _run(model: nn.Module, batch: Mapping[str, Tensor], index: int, loss_fn: Los
 class _Watch:
     """The hooks of one probe: which tensor is measured how, and the norms as they come in."""
 
-    def __init__(self, model: nn.Module, found: ModelAnatomy, mode: Mode, taylor: bool, clock: Stopwatch) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        found: ModelAnatomy,
+        mode: Mode,
+        taylor: bool,
+        clock: Stopwatch,
+        names: Mapping[str, str] | None,
+    ) -> None:
         self.mode, self.taylor, self.clock = mode, taylor, clock
         self.device_type = clock.device.type
         self.handles: list[Any] = []
@@ -244,12 +256,14 @@ class _Watch:
         self.input_users: dict[int, int] = {}
         self.in_backward = False
         adaptable = set(self.kinds)
-        names = {id(module): name for name, module in model.named_modules()}
+        known = {id(m): path if names is None else names.get(path) for path, m in model.named_modules()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for layer_idx, block in enumerate(layer_blocks(model)):
             for module in (module for part in block for module in part.modules()):
-                name = names[id(module)]
+                name = known[id(module)]
+                if name is None:  # an adapter's
+                    continue
                 hooked = name in adaptable and linear_shape(module) is not None
                 if hooked:
                     self._watch_linear(name, module, layer_idx)

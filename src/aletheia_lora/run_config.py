@@ -49,9 +49,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "step": ("batch_size",),
     "checkpointing": ("gradient_checkpointing",),
     "caching": ("prefix_cache",),
+    "adapter": ("adapter",),
     "plan_only": ("tflops",),
     "train": ("plan", "steps", "learning_rate"),
-    "train_only": ("gradient_accumulation", "prefix_cache_dir", "prefix_cache_dtype"),
+    "train_only": (
+        "gradient_accumulation",
+        "prefix_cache_dir",
+        "prefix_cache_dtype",
+        "rerank_every",
+        "rerank_change",
+    ),
     "compare": ("uniform_learning_rate", "timed_steps", "evaluations", "controls", "matched_time"),
     "evaluate": (
         "adapters",
@@ -109,6 +116,7 @@ class RunConfig(BaseModel):
     alpha_ratio: float = Field(2.0, gt=0, description="lora_alpha / rank, everywhere.")
     targets: list[str] | None = Field(None, description="Module names to adapt; all adaptable ones if left out.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    adapter: str = Field("lora", description="What the chosen layers get: lora, ia3, loha, lokr, vera, oft, ...")
     use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
     use_rslora: bool = Field(False, description="Scale adapters by alpha / sqrt(rank) (rsLoRA).")
     lora_bias: bool = Field(False, description="Train a bias in lora_B.")
@@ -123,6 +131,8 @@ class RunConfig(BaseModel):
     prefix_cache: bool = Field(False, description="Keep what the layers below the adapted ones compute; replay it.")
     prefix_cache_dir: Path | None = Field(None, description="Keep it in this folder for later runs.")
     prefix_cache_dtype: Literal["model", "bfloat16"] = Field("model", description="Keep it exactly, or in bfloat16.")
+    rerank_every: int | None = Field(None, ge=1, description="Probe again every so many steps; report the ranking.")
+    rerank_change: bool = Field(False, description="Train the layers that are chosen then.")
     uniform_learning_rate: float | None = Field(None, gt=0, description="Uniform LoRA's own peak learning rate.")
     timed_steps: int = Field(8, ge=1, description="Steps of runs that are there for their time only.")
     evaluations: int = Field(4, ge=1, description="Held-out evaluations along a run.")

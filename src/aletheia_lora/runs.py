@@ -26,6 +26,7 @@ from .errors import ConfigError, UnsupportedModelError, nearest
 from .evaluation.evaluate import EvaluationOptions, evaluate, prepare
 from .files import check_writable, write_bytes, write_json
 from .memory import device_memory, parse_bytes
+from .methods import METHODS
 from .outlook import OutlookOptions, model_from_config, outlook, outlook_text
 from .planning import Plan, PlanOptions, plan_from_probe, probe_rows
 from .processes import on_main, together, world_size
@@ -152,7 +153,15 @@ def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
     model, tokenizer, parts = _model_and_data(config, say)
     made = _plan(config, say, given, model, tokenizer, parts)
     record = train_adapter(
-        model, tokenizer, made, parts.train, output, options, model_name=_shown(config, "model"), say=say
+        model,
+        tokenizer,
+        made,
+        parts.train,
+        output,
+        options,
+        model_name=_shown(config, "model"),
+        probe_rows=parts.probe,
+        say=say,
     )
     return {**record, "text": str(made), "output": str(output)}
 
@@ -170,6 +179,8 @@ def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
     folder = check_writable(config.output if config.output is not None else Path("aletheia-compare"))
     options = CompareOptions(**{**config.subset(CompareOptions), "controls": tuple(config.controls)})
     given = _given_plan(config)
+    if config.adapter != "lora":
+        raise ConfigError(f"adapter={config.adapter!r}: a comparison is with uniform LoRA. Leave it out, or train.")
     model, tokenizer, parts = _model_and_data(config, say)
     made = _plan(config, say, given, model, tokenizer, parts)
     say(str(made))
@@ -322,10 +333,10 @@ def _given_plan(config: RunConfig) -> Plan | None:
     """The plan to use instead of making one; every name and file is checked before anything is loaded.
 
     Raises:
-        ConfigError: If a flag answers what the plan already says, or names no known score, strategy or allocation.
+        ConfigError: If a flag answers what the plan already says, or names no known table entry.
         PlanError: If the file is not a plan.
     """
-    for key, table in (("score", SCORES), ("strategy", STRATEGIES), ("allocation", ALLOCATIONS)):
+    for key, table in (("score", SCORES), ("strategy", STRATEGIES), ("allocation", ALLOCATIONS), ("adapter", METHODS)):
         name = getattr(config, key)
         if name not in table:
             raise ConfigError(f"unknown {key} {name!r}. {nearest(name, table)}")
@@ -333,7 +344,7 @@ def _given_plan(config: RunConfig) -> Plan | None:
     _plan_options(config)
     if config.plan is None:
         return None
-    beside = sorted(config.model_fields_set & {*GROUPS["probe"], *GROUPS["plan"]} - {"seed"})
+    beside = sorted(config.model_fields_set & {*GROUPS["probe"], *GROUPS["plan"], *GROUPS["adapter"]} - {"seed"})
     if beside:
         raise ConfigError(f"{beside[0]} was given beside a plan, which already says it. Leave out one of the two.")
     return Plan.load(config.plan)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data import TokenizedRows, batches
-from ..errors import DataError
+from ..errors import DataError, PlanError
 from ..loss import heldout_loss
 from ..planning import Plan
 from ..training.interleave import take_turns
@@ -47,9 +47,14 @@ def compare(
 
     Raises:
         DataError: If there are fewer rows than a batch.
-        PlanError: If the plan is not for this model.
+        PlanError: If the plan is not for this model, or for another adapter than LoRA.
     """
     plan.check_fits(model)
+    if plan.options.adapter != "lora":
+        raise PlanError(
+            f"the plan's adapter is {plan.options.adapter}, and a comparison is with uniform LoRA. "
+            "Compare plan.with_adapter('lora'), or train this plan."
+        )
     if len(train) < options.batch_size:
         raise DataError(
             f"{len(train)} training rows are fewer than a batch of {options.batch_size}. Add rows or lower batch_size."

@@ -15,19 +15,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ..adapter import attach, shared_copy
+from ..adapter import shared_copy
 from ..data import TokenizedRow, collate
 from ..planning import Plan
 from ..training.interleave import Turn
 from ..training.prefix_cache import PrefixCacheOptions
-from ..training.trainer import SFTTrainer
+from ..training.trainer import SFTTrainer, attach_plan
 from .arms import Arm, CompareOptions
 from .watch import Pace, Watch
-
-
-def attach_plan(model: Any, plan: Plan, seed: int) -> PeftModel:
-    """The plan's LoRA adapters, on the model itself."""
-    return attach(model, plan.anatomy, plan.ranks, plan.options.adapter, seed=seed)
 
 
 def run_of(

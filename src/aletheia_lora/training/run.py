@@ -26,6 +26,7 @@ from ..processes import on_main, together, world_size
 from .engine import whole_adapters
 from .prefix_cache import DTYPE_NAMES, PrefixCacheOptions, check_lowest
 from .random_state import random_state_kept
+from .rerank import ReRank
 from .trainer import SFTTrainer
 
 FORMAT = "aletheia-train/1"
@@ -51,6 +52,10 @@ class TrainOptions:
     """Keep it here for later runs; None: a temporary folder."""
     prefix_cache_dtype: Literal["model", "bfloat16"] = "model"
     """Keep it as the model has it (replays are exact), or rounded to bfloat16."""
+    rerank_every: int | None = None
+    """Probe again every so many steps and report how the ranking of layers moves; None: never."""
+    rerank_change: bool = False
+    """Train the layers that the plan's rule chooses then."""
     seed: int = 0
     """Seed of the adapters' start and of the order of rows."""
 
@@ -64,6 +69,15 @@ class TrainOptions:
         if self.prefix_cache_dtype not in DTYPE_NAMES:
             raise ConfigError(
                 f"prefix_cache_dtype={self.prefix_cache_dtype!r}, expected one of {', '.join(DTYPE_NAMES)}."
+            )
+        if self.rerank_every is not None and self.rerank_every < 1:
+            raise ConfigError(f"rerank_every={self.rerank_every}, expected at least 1.")
+        if self.rerank_every is None and self.rerank_change:
+            raise ConfigError("rerank_change was given without rerank_every. Say after how many steps to probe again.")
+        if self.rerank_every is not None and self.prefix_cache:
+            raise ConfigError(
+                "prefix_cache replays the layers below the lowest adapted one, and rerank_every probes them. "
+                "Leave out one of the two."
             )
         if self.prefix_cache_dir is not None and not self.prefix_cache:
             raise ConfigError(
@@ -80,6 +94,7 @@ def train_adapter(
     options: TrainOptions,
     *,
     model_name: str = "model",
+    probe_rows: TokenizedRows | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
     """Train the plan's adapters on the rows and write the adapter folder.
@@ -94,6 +109,7 @@ def train_adapter(
         output: The folder to make; must not hold anything yet.
         options: Steps, rate, checkpointing.
         model_name: The base model's name, for the card.
+        probe_rows: Rows to probe on, for ``options.rerank_every``: best those of the plan's probe.
         say: Called with a line of progress now and then.
 
     Returns:
@@ -110,6 +126,7 @@ def train_adapter(
     on_main(lambda: check_output(output), "looking at the output folder")
     if options.prefix_cache:
         check_lowest(plan.selection.lowest)
+    rerank = _rerank(plan, options, probe_rows, tokenizer, say)
     needed = options.batch_size * world_size()
     if len(rows) < needed:
         raise DataError(f"{len(rows)} rows are fewer than a batch of {needed}. Add rows or lower batch_size.")
@@ -124,22 +141,24 @@ def train_adapter(
                 train_dataset=rows,
                 processing_class=tokenizer,
                 prefix_cache=_prefix_cache(options, say),
+                callbacks=[] if rerank is None else [rerank],
             )
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.add_callback(_Progress(say))
             started = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - started
+            trained = trainer.plan
             weights = together(lambda: whole_adapters(trainer.model), "gathering the adapters")
 
             def write() -> dict[str, Any]:
-                record = _record(plan, options, trainer, seconds, rows, model_name)
+                record = _record(trained, options, trainer, seconds, rows, model_name)
                 with whole_folder(output) as folder:
                     trainer.model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
                     tokenizer.save_pretrained(str(folder))
-                    plan.save(folder / "plan.json")
+                    trained.save(folder / "plan.json")
                     write_json(folder / "record.json", record)
-                    write_bytes(folder / "README.md", model_card(plan, record).encode())
+                    write_bytes(folder / "README.md", model_card(trained, record).encode())
                 return record
 
             return on_main(write, "writing the adapter")
@@ -174,6 +193,16 @@ def _prefix_cache(options: TrainOptions, say: Callable[[str], None]) -> PrefixCa
     return PrefixCacheOptions(folder=options.prefix_cache_dir, dtype=options.prefix_cache_dtype, say=say)
 
 
+def _rerank(
+    plan: Plan, options: TrainOptions, rows: TokenizedRows | None, tokenizer: Any, say: Callable[[str], None]
+) -> ReRank | None:
+    if options.rerank_every is None:
+        return None
+    if rows is None:
+        raise DataError("rerank_every was given without probe_rows. Hold rows aside to probe on.")
+    return ReRank(plan, rows, every=options.rerank_every, change=options.rerank_change, tokenizer=tokenizer, say=say)
+
+
 def check_output(output: Path) -> None:
     """Check that the folder can be made and holds nothing yet.
 
@@ -206,6 +235,7 @@ def _record(
         "format": FORMAT,
         "model": model_name,
         "fingerprint": plan.anatomy.fingerprint,
+        "adapter": plan.options.adapter,
         "layers": list(plan.selection.layers),
         "adapters": [{"name": e.name, "rank": e.rank, "alpha": e.alpha} for e in census(trainer.model)],
         "trainable_params": plan.trainable_params,
@@ -227,20 +257,21 @@ def _record(
             "limits": trainer.engine_limits,
         },
         "prefix_cache": trainer.prefix_cache_record,
+        "rerank": next((c.record() for c in trainer.callback_handler.callbacks if isinstance(c, ReRank)), None),
         "losses": losses,
     }
 
 
 def model_card(plan: Plan, record: dict[str, Any]) -> str:
     """The adapter's README: which layers, why, and what was measured."""
-    losses = record["losses"]
+    losses, adapter = record["losses"], record["adapter"]
     return f"""---
 library_name: peft
 base_model: {record["model"]}
-tags: [lora, aletheia-lora]
+tags: [{adapter}, aletheia-lora]
 ---
 
-# LoRA adapter on {len(plan.selection.layers)} of {plan.anatomy.num_layers} layers
+# {"LoRA" if adapter == "lora" else adapter} adapter on {len(plan.selection.layers)} of {plan.anatomy.num_layers} layers
 
 {plan.selection.describe()}.
 

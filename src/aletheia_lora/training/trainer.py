@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from ..processes import check_same, digest, gather, is_main, on_any
 from ..quantized import check_gradients_pass, check_quantizer_trains, gradients_kept
 from .engine import check_engine, engine_of, in_forward_of, local, sharded_loading
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
+from .rerank import ReRank
 from .truncation import Truncation, backward_depth
 from .unpadded import Unpadded
 
@@ -46,6 +48,8 @@ class SFTTrainer(trl.SFTTrainer):
     says where backward really stopped, ``dead_adapters`` names adapters that got no gradient in the first step,
     ``slow_adapters`` those that run as PEFT runs them, with the reason, and ``padding_record`` what was not computed.
     ``engine`` says who ran the steps (one process, DDP, FSDP2, ...) and ``engine_limits`` what that took away, and why.
+    With :class:`~aletheia_lora.training.rerank.ReRank` among the callbacks, ``plan`` and ``lowest_layer`` follow the
+    layers that train, and ``lowest_backward_layer`` is measured anew after each change.
     """
 
     model: Any
@@ -100,6 +104,7 @@ class SFTTrainer(trl.SFTTrainer):
         )
         check_same(lambda: _held(model, plan, train_dataset), "Start every process from one plan, model and data.")
         self.plan = plan
+        self.lowest_layer = plan.selection.lowest
         self.lowest_backward_layer: int | None = None
         self.dead_adapters: list[str] | None = []
         self.engine_limits: dict[str, str] = {}
@@ -121,7 +126,7 @@ class SFTTrainer(trl.SFTTrainer):
                     processing_class=processing_class,
                     **trl_arguments,
                 )
-            check_census(self.model, plan.ranks, plan.options.adapter)
+            check_census(self.model, plan.ranks, plan.options.adapter_options)
             self.engine = engine_of(self.accelerator, self.model)
         except BaseException:
             if not already_attached:
@@ -173,7 +178,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _say_if_backward_went_deeper(self) -> None:
         """Warn, once, if something makes backward run below the lowest adapted layer."""
-        lowest, reached = self.plan.selection.lowest, self.lowest_backward_layer
+        lowest, reached = self.lowest_layer, self.lowest_backward_layer
         if reached is not None and 0 <= reached < lowest and is_main():
             warnings.warn(
                 f"backward ran down to layer {reached}, though the lowest adapted layer is {lowest}: something makes "
@@ -225,22 +230,31 @@ class _Shortcuts(TrainerCallback):
         self.trainer, self.fast_adapters = trainer, fast_adapters
         self.installed: list[Truncation | FastLora | Unpadded | PrefixCache] = []
         self.unpadded: Unpadded | None = None
+        self.reentrant = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut, speed up, and open the prefix cache."""
-        reentrant = (
+        """Cut, speed up, and open the prefix cache.
+
+        Raises:
+            PlanError: If a prefix cache is to be kept below layers that re-ranking looks into.
+        """
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ReRank):
+                if self.trainer.prefix_cache is not None:
+                    raise PlanError(
+                        "a prefix cache replays the layers below the lowest adapted one, and re-ranking probes them "
+                        "and may adapt them. Leave out one of the two."
+                    )
+                callback.connect(self.paused, functools.partial(self.follow, callback))
+        self.reentrant = (
             bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant")) and args.gradient_checkpointing
         )
+        self._cut_and_speed_up()
         base_model = self.trainer.model.get_base_model()
-        lowest, engine = self.trainer.plan.selection.lowest, self.trainer.engine
-        limits = self.trainer.engine_limits = engine.limits(reentrant=reentrant)
+        engine = self.trainer.engine
+        limits = self.trainer.engine_limits = engine.limits(reentrant=self.reentrant)
         if "truncation" in limits and is_main():
             warnings.warn(limits["truncation"], stacklevel=2)
-        self.installed.append(Truncation(base_model, lowest, reentrant=reentrant))
-        if self.fast_adapters:
-            fast = FastLora(self.trainer.model)
-            self.installed.append(fast)
-            self.trainer.slow_adapters = dict(fast.skipped)
         reason = limits.get("padding")
         if any(module.kind == "mixer" for module in self.trainer.plan.anatomy.modules):
             reason = "its mixers carry a state along"
@@ -252,7 +266,7 @@ class _Shortcuts(TrainerCallback):
             several = engine.name != "one process" or args.torch_compile
             cache = PrefixCache(
                 base_model,
-                lowest,
+                self.trainer.lowest_layer,
                 self.trainer.prefix_cache,
                 num_tokens=expected_tokens(
                     self.trainer.train_dataset,
@@ -261,6 +275,30 @@ class _Shortcuts(TrainerCallback):
                 unsupported="it is made for one process on one device, without torch.compile" if several else None,
             )
             self.installed.append(cache)
+
+    def _cut_and_speed_up(self) -> None:
+        base_model = self.trainer.model.get_base_model()
+        self.installed.append(Truncation(base_model, self.trainer.lowest_layer, reentrant=self.reentrant))
+        if self.fast_adapters:
+            fast = FastLora(self.trainer.model)
+            self.installed.append(fast)
+            self.trainer.slow_adapters = dict(fast.skipped)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, the model runs without cut and fast adapters; afterwards with those of its layers by then."""
+        for shortcut in [entry for entry in self.installed if isinstance(entry, Truncation | FastLora)]:
+            shortcut.remove()
+            self.installed.remove(shortcut)
+        try:
+            yield
+        finally:
+            self._cut_and_speed_up()
+
+    def follow(self, rerank: ReRank) -> None:
+        """Other layers train from now on: cut there when the pause ends, and measure again where backward stops."""
+        self.trainer.plan, self.trainer.lowest_layer = rerank.plan, min(rerank.layers)
+        self.trainer.lowest_backward_layer = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop before the update if a gradient is NaN or infinite, also under a finite loss."""
@@ -301,6 +339,12 @@ def _on_packed_weights(model: Any) -> Iterator[None]:
             parameter.data = data.to(parameter.device)
 
 
+def attach_plan(model: Any, plan: Plan, seed: int, *, full_precision: bool = True) -> PeftModel:
+    """The plan's adapters, on the model itself."""
+    options = plan.options.adapter_options
+    return attach(model, plan.anatomy, plan.ranks, options, seed=seed, full_precision=full_precision)
+
+
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:
     if isinstance(rows, TokenizedRows):
         return rows.to_dataset()
@@ -312,18 +356,11 @@ def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only:
 def _adapted(model: Any, plan: Plan, args: trl.SFTConfig) -> PeftModel:
     """The model with the plan's adapters, attached now or, as the census shows, before."""
     if isinstance(model, PeftModel):
-        check_census(model, plan.ranks, plan.options.adapter)
+        check_census(model, plan.ranks, plan.options.adapter_options)
         return model
     plan.check_fits(model)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    return attach(
-        model,
-        plan.anatomy,
-        plan.ranks,
-        plan.options.adapter,
-        seed=args.seed,
-        full_precision=not zero3,  # ZeRO-3 gathers weights of one dtype only
-    )
+    return attach_plan(model, plan, args.seed, full_precision=not zero3)  # ZeRO-3 gathers weights of one dtype only
 
 
 def _held(model: torch.nn.Module, plan: Plan, rows: Dataset) -> dict[str, object]:
