@@ -29,11 +29,11 @@ from tiny_inputs import word_rows, word_tokenizer
 STEPS = 6
 
 
-def moved_adapters(model, **options):
+def moved_adapters(model, method="lora"):
     """The model with adapters on layers 1 and 3 that are not at their start."""
     found = anatomy(model)
     ranks = allocate(found, (1, 3), "asymmetric", AllocationOptions(attention_rank=2, mlp_rank=4))
-    adapted = attach(model, found, ranks, **options)
+    adapted = attach(model, found, ranks, AdapterOptions(adapter=method))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -325,7 +325,7 @@ def test_the_trainer_of_transformers_takes_it(tmp_path, inputs, choose):
 
 @pytest.mark.parametrize("method", ["ia3", "loha", "lokr", "oft"])
 def test_layers_can_be_added_to_other_methods(method, tmp_path):
-    found, ranks, adapted = moved_adapters(build("llama"), method=method)
+    found, ranks, adapted = moved_adapters(build("llama"), method)
     further = allocate(found, (0,), "uniform", AllocationOptions(rank=2))
     ids = random_batches(1)[0]["input_ids"]
     before, state = adapted.eval()(input_ids=ids).logits, torch.get_rng_state()

@@ -153,7 +153,7 @@ def probe(
 
     def measure() -> ProbeResult:
         shown = tqdm(share, desc="probing", unit="batch", disable=not (progress and is_main()))
-        return _measured(model, shown, found, target, mode, taylor, loss_fn)
+        return _measured(model, shown, found, target, mode, taylor, loss_fn, names)
 
     return merged(gather(measure, "probing"))
 
@@ -166,13 +166,14 @@ def _measured(
     mode: Mode,
     taylor: bool,
     loss_fn: LossFunction,
+    names: Mapping[str, str] | None,
 ) -> ProbeResult:
     """The result of some of the batches, each with its number; of none, if this process has none."""
     started = time.perf_counter()
     memory = _MemoryPeak(target)
     seen: list[Mapping[str, Tensor]] = []
     losses: list[float] = []
-    with _left_as_found(model), in_memory(_measured_by_autograd(model, found)):
+    with _left_as_found(model), in_memory(_measured_by_autograd(model, found, names)):
         clock = Stopwatch(model, target)
         watch = _Watch(model, found, "exact" if taylor else mode, taylor, clock, names)
         try:
