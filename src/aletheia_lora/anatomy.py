@@ -6,8 +6,11 @@ compared. What cannot be adapted is in it too, with the reason; nothing is left 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,15 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import PlanError, UnsupportedModelError
 from .layers import embedding_of, layer_blocks
+from .trial import modules_called, sees_later_tokens
 
 Kind = Literal["attention", "mlp", "expert", "mixer"]
 Storage = Literal["linear", "conv1d", "quantized", "stacked"]
 
 KINDS: tuple[Kind, ...] = ("attention", "mlp", "expert", "mixer")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg", "gating", "router_proj"})
-# PEFT refuses `out_proj` on these model types, because their fused kernels read its weight directly.
-PEFT_REFUSES_OUT_PROJ = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "nemotron_h", "zamba2"})
-TRIAL_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,14 @@ class ModelAnatomy:
         return adaptable / matrices if matrices else 0.0
 
     @property
+    def left_out_reasons(self) -> dict[str, int]:
+        """Weights that get no adapter, by the reason."""
+        reasons: Counter[str] = Counter()
+        for item in self.left_out:
+            reasons[item.reason] += item.num_params
+        return dict(reasons)
+
+    @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that two models share only if a plan for one fits the other."""
         shape = [
@@ -179,8 +188,8 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
         model: A transformers causal language model, or anything shaped like one, on any device (``meta`` included).
 
     Raises:
-        UnsupportedModelError: For an encoder-decoder model, a model that already carries adapters, or one with no
-            single stack of decoder layers; the message names the model and what was found.
+        UnsupportedModelError: For an encoder-decoder model, one that sees later tokens, one that already carries
+            adapters, or one with no single stack of decoder layers; the message names the model and what was found.
     """
     architecture = type(model).__name__
     config: Any = getattr(model, "config", None)
@@ -196,21 +205,32 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
         )
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     blocks = layer_blocks(model)
-    called, trial_forward = _modules_called(model, text_config)
-    shared = _shared_weights(model)
-    names = {id(module): name for name, module in model.named_modules()}
+    maps = [module for module in model.modules() if linear_shape(module) is not None]
+    called, trial_forward = modules_called(model, maps, text_config)
+    if trial_forward == "ran" and sees_later_tokens(model, text_config):
+        raise UnsupportedModelError(
+            f"{architecture} sees later tokens: what it says of a token depends on those behind it, so a next-token "
+            "loss means nothing. Set is_decoder=True in its configuration (BERT's family), or pass a causal model."
+        )
+    context = _Context(
+        names={id(module): name for name, module in model.named_modules()},
+        owners={id(child): type(module) for module in model.modules() for child in module.children()},
+        called=called,
+        shared=_shared_weights(model),
+        text_config=text_config,
+    )
     model_type = str(getattr(text_config, "model_type", architecture))
     layers: list[LayerAnatomy] = []
     left_out: list[LeftOut] = []
     for layer_idx, block in enumerate(blocks):
-        modules, skipped = _layer_matrices(block, layer_idx, names, called, shared, model_type, text_config)
+        modules, skipped = _layer_matrices(block, layer_idx, context)
         left_out.extend(skipped)
         num_params = sum(_true_numel(module, parameter) for module, parameter in _parameters_with_owner(block))
-        layers.append(LayerAnatomy(layer_idx, names[id(block[0])], num_params, modules))
+        layers.append(LayerAnatomy(layer_idx, context.names[id(block[0])], num_params, modules))
     if not any(layer.modules for layer in layers):
-        reasons = Counter(item.reason for item in left_out)
+        reasons = sorted({item.reason for item in left_out})
         raise UnsupportedModelError(
-            f"{architecture} has {len(layers)} layers but no matrix that can be adapted: {dict(reasons)}"
+            f"{architecture} has {len(layers)} layers but no matrix that can be adapted: {'; '.join(reasons)}."
         )
     return ModelAnatomy(
         architecture=architecture,
@@ -246,26 +266,35 @@ def is_quantized(module: nn.Module) -> bool:
 # --- reading one layer --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What is known of the whole model when one of its layers is read."""
+
+    names: Mapping[int, str]
+    """Full name of each module, by its id."""
+    owners: Mapping[int, type[nn.Module]]
+    """Class of the module that holds each module, by its id."""
+    called: set[int] | None
+    """Ids of the linear maps whose forward ran in the trial; None if it could not run."""
+    shared: set[int]
+    """Ids of the parameters that several places use."""
+    text_config: Any
+
+
 def _layer_matrices(
-    blocks: list[nn.Module],
-    layer_idx: int,
-    names: Mapping[int, str],
-    called: set[int] | None,
-    shared: set[int],
-    model_type: str,
-    text_config: Any,
+    blocks: list[nn.Module], layer_idx: int, context: _Context
 ) -> tuple[tuple[ModuleAnatomy, ...], list[LeftOut]]:
     modules: list[ModuleAnatomy] = []
     left_out: list[LeftOut] = []
     for block in blocks:
-        block_name = names[id(block)]
+        block_name = context.names[id(block)]
         for module in block.modules():
-            name = names[id(module)]
+            name = context.names[id(module)]
             path = name[len(block_name) :].lstrip(".")
             shape = linear_shape(module)
             weight = getattr(module, "weight", None)
             if shape is not None and (weight is not None or is_quantized(module)):
-                reason = _why_left_out(module, path, called, shared, model_type)
+                reason = _why_left_out(module, path, context)
                 if reason is not None:
                     left_out.append(LeftOut(name, layer_idx, shape[0] * shape[1], reason))
                     continue
@@ -278,17 +307,15 @@ def _layer_matrices(
                 if parameter.ndim < 2 or parameter_name.endswith("bias"):
                     continue
                 full = f"{name}.{parameter_name}"
-                num_experts = _num_experts(module, parameter, text_config)
+                num_experts = _num_experts(module, parameter, context.text_config)
                 if num_experts is None:
                     kind = "convolution kernel" if "conv" in path.lower() else "bare parameter"
-                    reason = (
-                        "router" if path.rpartition(".")[2] in ROUTER_NAMES else f"{kind}, read directly by its owner"
-                    )
+                    reason = "router" if _is_router(path) else f"{kind}, read directly by its owner"
                     left_out.append(LeftOut(full, layer_idx, parameter.numel(), reason))
-                elif id(parameter) in shared:
+                elif id(parameter) in context.shared:
                     left_out.append(LeftOut(full, layer_idx, parameter.numel(), "tied to another layer"))
                 else:
-                    active = min(float(_experts_per_token(text_config)) / num_experts, 1.0)
+                    active = min(float(_experts_per_token(context.text_config)) / num_experts, 1.0)
                     first, second = int(parameter.shape[1]), int(parameter.shape[2])
                     if not getattr(module, "is_transposed", False):
                         first, second = second, first
@@ -298,20 +325,36 @@ def _layer_matrices(
     return tuple(modules), left_out
 
 
-def _why_left_out(
-    module: nn.Module, path: str, called: set[int] | None, shared: set[int], model_type: str
-) -> str | None:
+def _why_left_out(module: nn.Module, path: str, context: _Context) -> str | None:
     leaf = path.rpartition(".")[2]
-    if leaf in ROUTER_NAMES:
+    if _is_router(path):
         return "router"
     weight = getattr(module, "weight", None)
-    if weight is not None and id(weight) in shared:
+    if weight is not None and id(weight) in context.shared:
         return "tied to another layer"
-    if leaf == "out_proj" and model_type in PEFT_REFUSES_OUT_PROJ:
-        return f"PEFT refuses out_proj on {model_type}"
-    if called is not None and id(module) not in called and "expert" not in path:
-        return "its forward does not run: the weight is read directly, an adapter would be dead"
+    if id(module) in context.owners and _reads_weight_of(context.owners[id(module)], leaf):
+        return "its owner hands the weight to a kernel directly, where an adapter would be dead"
+    if context.called is not None and id(module) not in context.called and "expert" not in path:
+        return "its forward does not run: unused, or read directly by its owner; an adapter would be dead"
     return None
+
+
+def _is_router(path: str) -> bool:
+    """True for a router and all its parts; by whole words, since many a gate is none."""
+    return not ROUTER_NAMES.isdisjoint(path.split("."))
+
+
+@functools.cache
+def _reads_weight_of(owner: type[nn.Module], leaf: str) -> bool:
+    """True if the owner's code uses ``self.<leaf>.weight`` itself, whichever of its kernels does; by its source."""
+    for kind in owner.__mro__[: owner.__mro__.index(nn.Module)]:
+        try:
+            source = inspect.getsource(kind)
+        except (OSError, TypeError):  # no source at hand: the trial forward has to tell
+            continue
+        if re.search(rf"\bself\.{re.escape(leaf)}\.weight\b(?!\.|\[|\s*=[^=])", source):
+            return True
+    return False
 
 
 def kind_of(path: str) -> Kind:
@@ -404,43 +447,3 @@ def _true_numel(module: nn.Module, parameter: nn.Parameter) -> int:
     if shape is not None and parameter is getattr(module, "weight", None):
         return shape[0] * shape[1]
     return parameter.numel()
-
-
-# --- the trial forward ------------------------------------------------------------------------------------------
-
-
-def _modules_called(model: nn.Module, text_config: Any) -> tuple[set[int] | None, str]:
-    """Ids of the linear maps whose forward runs when the model runs in train mode, and a word on the trial.
-
-    Train mode, because several architectures read weights directly in one mode only. Dropout consumes random numbers,
-    so the RNG state is put back; train and eval flags are put back module by module.
-    """
-    called: set[int] = set()
-    candidates = [module for module in model.modules() if linear_shape(module) is not None]
-
-    def note(module: nn.Module, *_: object) -> None:
-        called.add(id(module))
-
-    handles = [module.register_forward_pre_hook(note) for module in candidates]
-    training = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    weight = embedding_of(model).weight
-    vocab_size = int(getattr(text_config, "vocab_size", 0) or weight.shape[0])
-    input_ids = (torch.arange(TRIAL_TOKENS, device=weight.device) % vocab_size).unsqueeze(0)
-    devices = [weight.device] if weight.device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            model.train()
-            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
-    except Exception as error:  # whatever a foreign forward raises, the anatomy still stands without the trial
-        reason = str(error).splitlines()[0][:120] if str(error) else "no message"
-        return None, f"could not run ({type(error).__name__}: {reason})"
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in training:
-            module.training = flag
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-    return called, "ran"

@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 from .anatomy import ModelAnatomy, anatomy, is_quantized, linear_shape
 from .data import as_batches
 from .errors import ProbeError
-from .layers import layer_blocks
+from .layers import check_placement, layer_blocks
 from .loss import full_precision, labelled_loss, num_labelled
 from .probe_result import Method, ProbeResult, TensorStatistics
+from .routing import Routing
 from .stopwatch import Stopwatch
 
 Mode = Literal["auto", "exact", "gram"]
@@ -115,11 +116,13 @@ def probe(
     Raises:
         ValueError: If ``mode`` is unknown or there are no batches.
         ProbeError: If a batch has no labels, or a loss or gradient is NaN or infinite (names layer and batch).
+        UnsupportedModelError: If weights are on the meta device, or on several devices without a device map.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r}, expected one of {get_args(Mode)}.")
     if not batches:
         raise ValueError("no batches to probe, expected at least one.")
+    check_placement(model)
     found = anatomy_ if anatomy_ is not None else anatomy(model)
     target = device if device is not None else next(model.parameters()).device
     started = time.perf_counter()
@@ -127,14 +130,17 @@ def probe(
     losses: list[float] = []
     with _left_as_found(model):
         clock = Stopwatch(model, target)
+        routing = Routing(model, found)
         watch = _Watch(model, found, "exact" if taylor else mode, taylor, clock)
         try:
             for index, batch in enumerate(tqdm(batches, desc="probing", unit="batch", disable=not progress)):
                 on_device = {key: value.to(target) for key, value in batch.items()}
                 losses.append(_run(model, on_device, index, loss_fn, clock))
                 watch.end_of_batch(index)
+                routing.end_of_batch()
         finally:
             watch.close()
+            routing.close()
             clock.close()
         tensors = watch.statistics()
     return ProbeResult(
@@ -149,6 +155,7 @@ def probe(
         peak_memory_bytes=memory.peak_bytes(),
         mode=mode,
         timing=clock.timing(),
+        expert_loads=routing.loads(),
     )
 
 
@@ -175,11 +182,14 @@ class _Watch:
         self.mode, self.taylor, self.clock = mode, taylor, clock
         self.device_type = next(model.parameters()).device.type
         self.handles: list[Any] = []
-        self.kinds = {module.name: module.kind for module in found.modules}
+        self.kinds: dict[str, str] = {module.name: module.kind for module in found.modules}
+        self.stacks = {module.name for module in found.modules if module.storage == "stacked"}
         self.squares: dict[str, float] = {}
         """Squared norm of each tensor in the batch under way."""
         self.norms: dict[str, list[float]] = {}
         self.taylors: dict[str, list[float]] = {}
+        self.experts: dict[str, Tensor] = {}
+        """Norm of each expert's gradient in a stack, summed over the batches so far."""
         self.owners: dict[str, tuple[int, int, Method, float | None]] = {}
         """name -> (layer, weights, method, norm of the weight)."""
         self.linears: dict[str, nn.Module] = {}
@@ -189,6 +199,9 @@ class _Watch:
         self.input_users: dict[int, int] = {}
         self.in_backward = False
         adaptable = set(self.kinds)
+        for item in found.left_out:
+            if item.reason == "router":
+                self.kinds[item.name] = self.kinds[f"{item.name}.weight"] = "router"
         names = {id(module): name for name, module in model.named_modules()}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -286,7 +299,11 @@ class _Watch:
         def after_accumulation(leaf: Tensor) -> None:
             assert leaf.grad is not None
             with self.clock.paused():
-                self.squares[name] = float(full_precision(leaf.grad).norm()) ** 2
+                gradient = full_precision(leaf.grad)
+                self.squares[name] = float(gradient.norm()) ** 2
+                if name in self.stacks:
+                    norms_E = gradient.flatten(1).norm(dim=1)
+                    self.experts[name] = self.experts[name] + norms_E if name in self.experts else norms_E
                 if self.taylor:
                     self.taylors.setdefault(name, []).append(float((leaf.grad * leaf.detach()).float().abs().sum()))
                 leaf.grad = None
@@ -339,6 +356,7 @@ class _Watch:
                 grad_norm=tuple(self.norms[name]),
                 taylor=tuple(self.taylors[name]) if len(self.taylors.get(name, ())) == len(self.norms[name]) else None,
                 weight_norm=norm,
+                expert_grad_norm=tuple(self.experts[name].tolist()) if name in self.experts else None,
             )
             for name, (layer_idx, num_params, method, norm) in self.owners.items()
         ]
