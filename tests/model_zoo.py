@@ -73,18 +73,23 @@ QWEN4_EXP = {
     "indexer_compress_ratio": 4,
 }
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1]},
+    "big_bird": {"attention_type": "original_full"},  # of itself it turns to this on short rows, and stays there
+    "bigbird_pegasus": {"attention_type": "original_full"},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}, "rope_parameters": ROPE},
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layers_block_type": ["mamba", "attention"] * 2},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "qwen4_exp_text": QWEN4_EXP,
-    "reformer": {"axial_pos_embds": False, "is_decoder": True},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local", "lsh"] * 2},
     "xlm": {"causal": True},
     "xlnet": {"d_inner": 64, "attn_type": "uni"},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
@@ -123,7 +128,11 @@ def build(model_type: str, seed: int = 0) -> Any:
     auto = AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_config(small_config(model_type)).float()
+        model = auto.from_config(small_config(model_type)).float()
+        with torch.no_grad():  # so that nothing is zero, which would keep gradients from what is behind it
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        return model
 
 
 @dataclass(frozen=True)
@@ -147,10 +156,13 @@ NOT_BUILT: dict[str, str] = {
     "qwen4_exp": "the default configuration of its vision tower cannot be built; qwen4_exp_text is its decoder",
 }
 REFUSED: dict[str, str] = {
+    "cpmant": "sees later tokens",
     "blt": "several stacks of layers",
     "hrm_text": "Which stack to select from is unclear",
 }
-KNOWN: dict[str, Expected] = {}
+KNOWN: dict[str, Expected] = {
+    "mllama": Expected(layers=(1, 2), silent_layers=(3,)),  # layer 3 attends to images, and there are none
+}
 FAMILIES = {
     name: KNOWN.get(name, Expected()) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in NOT_BUILT | REFUSED
 }

@@ -20,7 +20,8 @@ from torch import nn
 
 from .allocation import ModuleRank
 from .anatomy import ModelAnatomy
-from .errors import CensusError, PlanError
+from .errors import CensusError, PlanError, UnsupportedModelError
+from .layers import check_placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,14 @@ def attach(
     Raises:
         PlanError: As :func:`lora_config`.
         CensusError: If what was attached is not what was planned.
+        UnsupportedModelError: If the model has no configuration, or weights are on the meta device or scattered.
     """
+    if getattr(model, "config", None) is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no config, which adapters are saved, loaded and trained by. Expected a "
+            "transformers model: subclass PreTrainedModel, with a PreTrainedConfig that has a model_type."
+        )
+    check_placement(model)
     config = lora_config(anatomy, ranks, lora_dropout=lora_dropout)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     devices = [model.device] if getattr(getattr(model, "device", None), "type", "") == "cuda" else []
@@ -166,8 +174,11 @@ def check_census(model: nn.Module, ranks: Sequence[ModuleRank]) -> tuple[Adapter
             weight other than the adapters' would train.
     """
     found = census(model)
-    have = {entry.name.removesuffix(".weight"): (entry.rank, entry.alpha) for entry in found}
     want: Mapping[str, tuple[int, float]] = {entry.name: (entry.rank, float(entry.alpha)) for entry in ranks}
+    have = {
+        entry.name if entry.name in want else entry.name.removesuffix(".weight"): (entry.rank, entry.alpha)
+        for entry in found
+    }
     missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
     wrong = sorted(name for name in set(want) & set(have) if want[name] != have[name])
     if missing or extra or wrong:

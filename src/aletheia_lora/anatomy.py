@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import PlanError, UnsupportedModelError
 from .layers import embedding_of, layer_blocks
-from .trial import modules_called, sees_later_tokens
+from .trial import Trial, sees_later_tokens, trial_forward
 
 Kind = Literal["attention", "mlp", "expert", "mixer"]
 Storage = Literal["linear", "conv1d", "quantized", "stacked"]
@@ -206,8 +206,8 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     blocks = layer_blocks(model)
     maps = [module for module in model.modules() if linear_shape(module) is not None]
-    called, trial_forward = modules_called(model, maps, text_config)
-    if trial_forward == "ran" and sees_later_tokens(model, text_config):
+    trial = trial_forward(model, maps, text_config)
+    if trial.outcome == "ran" and sees_later_tokens(model, text_config):
         raise UnsupportedModelError(
             f"{architecture} sees later tokens: what it says of a token depends on those behind it, so a next-token "
             "loss means nothing. Set is_decoder=True in its configuration (BERT's family), or pass a causal model."
@@ -215,7 +215,8 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
     context = _Context(
         names={id(module): name for name, module in model.named_modules()},
         owners={id(child): type(module) for module in model.modules() for child in module.children()},
-        called=called,
+        trial=trial,
+        renamings=_renamings(model),
         shared=_shared_weights(model),
         text_config=text_config,
     )
@@ -240,7 +241,7 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
         layers=tuple(layers),
         left_out=tuple(left_out),
         num_params=sum(_true_numel(module, parameter) for module, parameter in _parameters_with_owner([model])),
-        trial_forward=trial_forward,
+        trial_forward=trial.outcome,
     )
 
 
@@ -274,8 +275,9 @@ class _Context:
     """Full name of each module, by its id."""
     owners: Mapping[int, type[nn.Module]]
     """Class of the module that holds each module, by its id."""
-    called: set[int] | None
-    """Ids of the linear maps whose forward ran in the trial; None if it could not run."""
+    trial: Trial
+    renamings: list[Any]
+    """How transformers renames weights when it loads them."""
     shared: set[int]
     """Ids of the parameters that several places use."""
     text_config: Any
@@ -334,9 +336,33 @@ def _why_left_out(module: nn.Module, path: str, context: _Context) -> str | None
         return "tied to another layer"
     if id(module) in context.owners and _reads_weight_of(context.owners[id(module)], leaf):
         return "its owner hands the weight to a kernel directly, where an adapter would be dead"
-    if context.called is not None and id(module) not in context.called and "expert" not in path:
-        return "its forward does not run: unused, or read directly by its owner; an adapter would be dead"
+    if context.trial.called is not None and "expert" not in path:
+        if id(module) not in context.trial.called:
+            return "its forward does not run: unused, or read directly by its owner; an adapter would be dead"
+        if context.trial.learning is not None and id(module) not in context.trial.learning:
+            return "no gradient reaches it: what it computes only selects"
+    if _is_renamed(context.names[id(module)], context.renamings):
+        return "PEFT could not load an adapter on it again: transformers renames what is loaded under its name"
     return None
+
+
+def _renamings(model: nn.Module) -> list[Any]:
+    """How transformers renames weights of this model when it loads them; PEFT renames adapters likewise."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        return [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]  # type: ignore[arg-type]
+    except (ImportError, AttributeError):  # another transformers, or a model of another make
+        return []
+
+
+def _is_renamed(name: str, renamings: list[Any]) -> bool:
+    """True if an adapter saved under this name would be looked for under another one, a cut prefix aside."""
+    saved = key = f"{name}.lora_A.weight"
+    for renaming in renamings:
+        key = renaming.rename_source_key(key)[0]
+    return key != saved and not saved.endswith(key)
 
 
 def _is_router(path: str) -> bool:

@@ -397,7 +397,7 @@ def _first_bad_layer(model: nn.Module, batch: Mapping[str, Tensor], loss_fn: Los
 
     def look(layer_idx: int) -> Callable[..., None]:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = output[0] if isinstance(output, tuple | list) else output
             if isinstance(hidden, Tensor) and not bool(torch.isfinite(hidden).all()):
                 bad.append(layer_idx)
 
