@@ -80,6 +80,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}, "rope_parameters": ROPE},
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {f"swa_{name}": 8 for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")}
+    | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 16},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layers_block_type": ["mamba", "attention"] * 2},
@@ -92,6 +94,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local", "lsh"] * 2},
     "xlm": {"causal": True},
     "xlnet": {"d_inner": 64, "attn_type": "uni"},
+    "xlstm": {"chunk_size": 4},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": 4},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
@@ -159,6 +162,7 @@ REFUSED: dict[str, str] = {
     "cpmant": "sees later tokens",
     "blt": "several stacks of layers",
     "hrm_text": "Which stack to select from is unclear",
+    "reformer": "run outside autograd",
 }
 KNOWN: dict[str, Expected] = {
     "mllama": Expected(layers=(1, 2), silent_layers=(3,)),  # layer 3 attends to images, and there are none

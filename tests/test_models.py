@@ -1,6 +1,10 @@
 """Every family that transformers knows, one by one: read, probed, adapted, trained, saved, loaded and merged."""
 
+import functools
+import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +14,27 @@ from peft.tuners.lora.layer import ParamWrapper
 from aletheia_lora.adapter import attach, dead_adapters
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy, linear_shape
+from aletheia_lora.errors import ProbeError, UnsupportedModelError
 from aletheia_lora.layers import layer_blocks
 from aletheia_lora.loss import labelled_loss
 from aletheia_lora.probe import probe
 from families import random_batches
-from model_zoo import FAMILIES, build
+from model_zoo import (
+    FAMILIES,
+    LAYERS,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    NOT_BUILT,
+    REFUSED,
+    build,
+)
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+DOZEN = {
+    *("llama", "gpt2", "gemma3", "phi3", "mixtral", "qwen3_moe", "deepseek_v3", "mamba2", "jamba", "qwen3_next"),
+    *("zamba2", "recurrent_gemma", "gpt_neox"),
+}
+"""Families that run by default: dense, fused, mixtures, hybrids, tied layers, parallel attention, a vision tower."""
+ONE_BY_ONE = [pytest.param(name, marks=() if name in DOZEN else pytest.mark.all_families) for name in FAMILIES]
 RANKS = AllocationOptions(rank=2, attention_rank=2, mlp_rank=4)
 
 
@@ -39,7 +58,7 @@ def assert_as_found(model, before):
 
 
 def matrices(model, layer_idx):
-    """Names of all matrices of a layer, by walking it: of the module, and of the parameter where it has several axes."""
+    """Names of all matrices of a layer, by walking it: the module of a linear map, else the parameter."""
     names = {id(module): name for name, module in model.named_modules()}
     found = set()
     for block in layer_blocks(model)[layer_idx]:
@@ -58,18 +77,23 @@ def adapted_names(peft_model):
     for owner in owners:
         module = peft_model.get_submodule(owner)
         name = owner.removeprefix("base_model.model.").replace(".base_layer", "")
-        if isinstance(module, ParamWrapper):
-            name = f"{name}.{module.parameter_name}".removesuffix(".weight")
+        if isinstance(module, ParamWrapper) and linear_shape(module.get_base_layer()) is None:
+            name = f"{name}.{module.parameter_name}"
         found.add(name)
     return found
 
 
 def logits_of(model, batch):
     with torch.no_grad():
-        return model.eval()(input_ids=batch["input_ids"]).logits
+        return model.eval()(input_ids=batch["input_ids"], use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# PEFT compares rank patterns with modules alone, and so warns of those that name a parameter, which do apply.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match:RuntimeWarning")
+# Of a model whose head was never tied, though its configuration says so.
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+@pytest.mark.parametrize("family", ONE_BY_ONE)
 def test_a_family_is_read_probed_adapted_trained_saved_loaded_and_merged(family, tmp_path):
     expected = FAMILIES[family]
     model, batch = build(family), random_batches(1)[0]
@@ -92,7 +116,6 @@ def test_a_family_is_read_probed_adapted_trained_saved_loaded_and_merged(family,
     layers = expected.layers
     ranks = allocate(found, layers, "asymmetric", RANKS)
     adapted = attach(model, found, ranks)
-    wanted = {name for layer in layers for name in matrices(model, layer)}
     wanted = set().union(*(matrices(build(family), layer) for layer in layers)) - left_out
     assert adapted_names(adapted) == wanted
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == sum(entry.num_params for entry in ranks)
@@ -113,3 +136,52 @@ def test_a_family_is_read_probed_adapted_trained_saved_loaded_and_merged(family,
     torch.testing.assert_close(logits_of(loaded, batch), logits, rtol=0, atol=1e-6)  # float32; 0 but for scans
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(logits_of(merged, batch), logits, rtol=1e-4, atol=2e-5)  # float32
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.all_families) for name in REFUSED])
+def test_a_family_that_cannot_be_is_refused_with_the_reason(family):
+    model = build(family)
+    with pytest.raises((UnsupportedModelError, ProbeError), match=REFUSED[family]):
+        probe(model, random_batches(1), anatomy_=anatomy(model))
+
+
+def test_every_type_that_transformers_knows_is_tried_or_listed_with_a_reason():
+    assert {*FAMILIES, *REFUSED, *NOT_BUILT} == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert len(FAMILIES) >= 170 and set(FAMILIES) >= DOZEN
+    assert all(REFUSED.values()) and all(NOT_BUILT.values())
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "idefics3"])
+def test_of_a_model_that_sees_only_the_text_decoder_is_adapted(family):
+    model = build(family)
+    found = anatomy(model)
+    assert found.num_layers == LAYERS
+    adapted = attach(model, found, allocate(found, list(range(found.num_layers)), "uniform", RANKS))
+    names = adapted_names(adapted)
+    assert names == set().union(*(matrices(build(family), layer) for layer in range(found.num_layers)))
+    assert not any("vision" in name or "visual" in name for name in names)
+    labelled_loss(adapted, random_batches(1)[0]).backward()
+    assert dead_adapters(adapted) == []
+
+
+@functools.cache
+def table_script():
+    spec = importlib.util.spec_from_file_location("models_run", CHECKOUT / "benchmarks" / "models" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+@pytest.mark.parametrize("family", ONE_BY_ONE)
+def test_the_committed_table_says_what_the_code_finds(family):
+    table = (CHECKOUT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert table_script().line(family) in table.splitlines()
+
+
+def test_the_committed_table_lists_every_type_and_at_least_eighty_whole_ones():
+    table = (CHECKOUT / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")]
+    assert set(listed) >= {*FAMILIES, *REFUSED, *NOT_BUILT}
+    assert table.count("| 100 % |") >= 80

@@ -290,13 +290,15 @@ def _layer_matrices(
     left_out: list[LeftOut] = []
     for block in blocks:
         block_name = context.names[id(block)]
+        # Where none is reached, the layer hides its graph (reversible, checkpointed), and nothing can be told.
+        learns = any(id(module) in (context.trial.learning or ()) for module in block.modules())
         for module in block.modules():
             name = context.names[id(module)]
             path = name[len(block_name) :].lstrip(".")
             shape = linear_shape(module)
             weight = getattr(module, "weight", None)
             if shape is not None and (weight is not None or is_quantized(module)):
-                reason = _why_left_out(module, path, context)
+                reason = _why_left_out(module, path, context, learns)
                 if reason is not None:
                     left_out.append(LeftOut(name, layer_idx, shape[0] * shape[1], reason))
                     continue
@@ -327,7 +329,7 @@ def _layer_matrices(
     return tuple(modules), left_out
 
 
-def _why_left_out(module: nn.Module, path: str, context: _Context) -> str | None:
+def _why_left_out(module: nn.Module, path: str, context: _Context, learns: bool) -> str | None:
     leaf = path.rpartition(".")[2]
     if _is_router(path):
         return "router"
@@ -339,7 +341,7 @@ def _why_left_out(module: nn.Module, path: str, context: _Context) -> str | None
     if context.trial.called is not None and "expert" not in path:
         if id(module) not in context.trial.called:
             return "its forward does not run: unused, or read directly by its owner; an adapter would be dead"
-        if context.trial.learning is not None and id(module) not in context.trial.learning:
+        if learns and id(module) not in (context.trial.learning or ()):
             return "no gradient reaches it: what it computes only selects"
     if _is_renamed(context.names[id(module)], context.renamings):
         return "PEFT could not load an adapter on it again: transformers renames what is loaded under its name"

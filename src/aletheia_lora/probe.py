@@ -169,6 +169,11 @@ def _run(model: nn.Module, batch: Mapping[str, Tensor], index: int, loss_fn: Los
         if not bool(torch.isfinite(loss)):
             layer = _first_bad_layer(model, batch, loss_fn)
             raise ProbeError(f"the loss is {float(loss.detach())} on batch {index}; {layer}. It is never made a score.")
+        if not loss.requires_grad:
+            raise ProbeError(
+                f"no gradient leads from the loss on batch {index} to any layer: the layers of {type(model).__name__} "
+                "run outside autograd while their weights are frozen (reversible layers do), so LoRA cannot train it."
+            )
         clock.turn()
         loss.backward()
         clock.stop(batch)

@@ -152,7 +152,7 @@ class ProbeResult(Mapping[int, float]):
     row_lengths: tuple[int, ...] = ()
     """Tokens of the rows that training will see, ascending (at most 101, evenly spread); empty if not known."""
     expert_loads: tuple[ExpertLoad, ...] = ()
-    """Tokens of each expert, one entry per layer with stacked experts; empty in records from before they were counted."""
+    """Tokens of each expert, an entry per layer with stacked experts; empty in records from before that."""
 
     def __getitem__(self, layer_idx: int) -> float:
         return (

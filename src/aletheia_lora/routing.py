@@ -84,7 +84,7 @@ def _expert_owners(found: ModelAnatomy) -> Iterator[tuple[str, int, int]]:
 
 
 def _tokens_per_expert(inputs: list[Any], num_experts: int, mask: Tensor | None) -> Tensor | None:
-    """Tokens that each expert gets, shape (num_experts,), from what its owner was called with; None if that is not told.
+    """Tokens that each expert gets, shape (num_experts,), from what its owner was called with; None if it is not told.
 
     Three forms are known: the index of each token's choices, (tokens, experts per token) integers; the number of
     tokens of each expert, as a list; and a batch of all tokens for each expert, zero where it was not chosen.
