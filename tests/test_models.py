@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 
 from aletheia_lora.adapter import attach, dead_adapters
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy, linear_shape
+from aletheia_lora.data import tokenize
 from aletheia_lora.errors import ProbeError, UnsupportedModelError
 from aletheia_lora.layers import layer_blocks
 from aletheia_lora.loss import labelled_loss
+from aletheia_lora.planning import plan
 from aletheia_lora.probe import probe
+from aletheia_lora.training.trainer import SFTTrainer
 from families import random_batches
 from model_zoo import (
     FAMILIES,
@@ -27,6 +31,7 @@ from model_zoo import (
     REFUSED,
     build,
 )
+from tiny_inputs import word_rows, word_tokenizer
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 DOZEN = {
@@ -86,6 +91,30 @@ def adapted_names(peft_model):
 def logits_of(model, batch):
     with torch.no_grad():
         return model.eval()(input_ids=batch["input_ids"], use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", sorted(DOZEN))
+def test_our_trainer_takes_a_step_and_backward_ends_where_the_plan_says(family, tmp_path):
+    tokenizer = word_tokenizer()
+    rows = tokenize(word_rows(8), tokenizer)
+    made = plan(build(family), rows, strategy="last", num_layers=2, probe_batches=1, rank=2, allocation="uniform")
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    trainer = SFTTrainer(build(family), plan=made, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.lowest_backward_layer == made.selection.lowest == LAYERS - 2
+    assert trainer.dead_adapters == []
+    assert all(p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
 
 
 # PEFT compares rank patterns with modules alone, and so warns of those that name a parameter, which do apply.

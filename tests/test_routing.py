@@ -98,7 +98,7 @@ def test_a_checkpoint_that_recomputes_counts_its_tokens_once():
         return labelled_loss(model, batch)
 
     model, batches = build("mixtral"), random_batches(2)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert probe(model, batches, loss_fn=checkpointed).expert_loads == probe(build("mixtral"), batches).expert_loads
 
 
