@@ -58,6 +58,7 @@ SMALL: dict[str, int] = {
     **_sizes(1, "depth num_global_layers conf_num_hidden_layers num_blocks"),
     **_sizes(32, "out_hidden_size projection_hidden_dim text_hidden_size projector_output_dim"),
     **_sizes(4, "conf_num_attention_heads"),
+    **_sizes(16, "mm_embed_dim mm_posemb_size nemo_conv_channels encoder_hash_byte_group_vocab"),
     "image_size": 28,
     "patch_size": 14,
 }

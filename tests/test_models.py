@@ -144,8 +144,10 @@ def test_a_family_is_read_probed_adapted_trained_saved_loaded_and_merged(family,
 
     layers = expected.layers
     ranks = allocate(found, layers, "asymmetric", RANKS)
+    wanted = set().union(*(matrices(model, layer) for layer in layers)) - left_out
+    plain_logits = logits_of(model, batch)
+    model.train()
     adapted = attach(model, found, ranks)
-    wanted = set().union(*(matrices(build(family), layer) for layer in layers)) - left_out
     assert adapted_names(adapted) == wanted
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == sum(entry.num_params for entry in ranks)
 
@@ -158,7 +160,7 @@ def test_a_family_is_read_probed_adapted_trained_saved_loaded_and_merged(family,
         for index, parameter in enumerate(trained):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
     logits = logits_of(adapted, batch)
-    assert not torch.allclose(logits, logits_of(build(family), batch))
+    assert not torch.allclose(logits, plain_logits)
 
     adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
     loaded = PeftModel.from_pretrained(build(family), str(tmp_path))
@@ -180,7 +182,7 @@ def test_every_type_that_transformers_knows_is_tried_or_listed_with_a_reason():
     assert all(REFUSED.values()) and all(NOT_BUILT.values())
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
 def test_of_a_model_that_sees_only_the_text_decoder_is_adapted(family):
     model = build(family)
     found = anatomy(model)
