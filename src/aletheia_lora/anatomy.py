@@ -336,7 +336,8 @@ def _why_left_out(module: nn.Module, path: str, context: _Context, learns: bool)
     weight = getattr(module, "weight", None)
     if weight is not None and id(weight) in context.shared:
         return "tied to another layer"
-    if id(module) in context.owners and _reads_weight_of(context.owners[id(module)], leaf):
+    owner: Any = context.owners.get(id(module))
+    if owner is not None and _reads_weight_of(owner, leaf):
         return "its owner hands the weight to a kernel directly, where an adapter would be dead"
     if context.trial.called is not None and "expert" not in path:
         if id(module) not in context.trial.called:
