@@ -39,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, each test with its reason."""
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device",
+        "all_families": None if os.environ.get("ALETHEIA_ALL_FAMILIES") else "ALETHEIA_ALL_FAMILIES is not set",
         "network": None if os.environ.get("ALETHEIA_NETWORK") else "no network: ALETHEIA_NETWORK is not set",
         "browser": None if any(map(shutil.which, BROWSERS)) else f"no browser: {' or '.join(BROWSERS)} on the PATH",
     }

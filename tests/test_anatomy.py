@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from aletheia_lora.anatomy import ModelAnatomy, anatomy, kind_of
 from aletheia_lora.errors import PlanError, UnsupportedModelError
 from families import CONFIGS, build
+from model_zoo import build as build_zoo
 
 WHOLE = {"llama", "gpt2", "gpt_neox", "phi3", "gemma2", "opt", "falcon", "bloom"}
 
@@ -63,8 +64,38 @@ def test_a_dense_first_layer_of_a_mixture_is_read_as_it_is():
 
 def test_matrices_that_are_read_directly_are_left_out():
     reasons = {item.name.rpartition(".")[2]: item.reason for item in anatomy(build("mamba")).left_out}
-    assert "adapter would be dead" in reasons["dt_proj"]
-    assert "PEFT refuses" in reasons["out_proj"]
+    for leaf in ("x_proj", "dt_proj", "out_proj"):  # out_proj runs as a module on a CPU, but PEFT refuses it here
+        assert "a kernel directly, where an adapter would be dead" in reasons[leaf]
+
+
+def test_what_only_selects_gets_no_adapter_and_says_so():
+    reasons = {item.name.rpartition("indexer.")[2]: item.reason for item in anatomy(build_zoo("deepseek_v32")).left_out}
+    assert {leaf for leaf, reason in reasons.items() if "only selects" in reason} == {"wk", "wq_b", "weights_proj"}
+
+
+def test_checkpointed_layers_are_adapted_all_the_same():
+    model = build("llama").train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    assert anatomy(model).adaptable_share == 1.0
+
+
+def test_what_transformers_would_rename_at_loading_gets_no_adapter():
+    names = {item.name.split(".", 3)[-1] for item in anatomy(build_zoo("laguna")).left_out if "renames" in item.reason}
+    assert names == {f"mlp.shared_experts.{leaf}_proj" for leaf in ("gate", "up", "down")}
+
+
+def test_a_tower_of_the_same_depth_is_not_the_decoder():
+    found = anatomy(build_zoo("git"))  # its image encoder has as many layers, and more weights
+    assert all(layer.name.startswith("git.encoder.layer.") for layer in found.layers)
+
+
+def test_the_trial_keeps_gradients_and_makes_none():
+    model = build("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.grad = torch.ones_like(weight)
+    anatomy(model)
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert all(parameter.grad is None for parameter in model.parameters() if parameter is not weight)
 
 
 def test_conv1d_has_its_features_the_right_way_round():

@@ -122,6 +122,18 @@ def test_doctor_names_what_is_left_out_and_why(aletheia, tmp_path):
     assert "router" in aletheia("doctor", folder)
 
 
+def test_doctor_says_the_same_from_a_configuration_as_from_weights(aletheia, tmp_path):
+    whole = save_model(tmp_path / "whole", build("qwen3_moe"))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((whole / "config.json").read_bytes())
+    from_weights = one_object(aletheia("doctor", whole, "--json"))
+    from_config = one_object(aletheia("doctor", tmp_path / "bare", "--json"))
+    assert (from_weights.pop("read_from"), from_config.pop("read_from")) == ("weights", "config.json")
+    assert from_config == from_weights and from_config["trial_forward"] == "ran"
+    assert "no weights were loaded" in aletheia("doctor", tmp_path / "bare")
+    assert "mlp.gate.weight: router" in aletheia("doctor", tmp_path / "bare")
+
+
 def test_probe_prints_a_score_per_layer_and_keeps_them_with_a_picture(aletheia, model, data, tmp_path):
     small = ("--validation-rows", "4", "--probe-batches", "2")
     record = one_object(aletheia("probe", model, data, *small, "--output", tmp_path / "out", "--json"))

@@ -24,9 +24,10 @@ from torch import nn
 from .adapter_options import PLAIN, AdapterOptions
 from .allocation import ModuleRank
 from .anatomy import ModelAnatomy
-from .errors import CensusError, PlanError, nearest
+from .errors import CensusError, PlanError, UnsupportedModelError, nearest
 from .layers import embedding_of
 from .methods import METHODS, checked_modules, method_config, method_of
+from .placement import check_placement
 from .quantized import settle_states, state_tensors
 
 
@@ -136,7 +137,14 @@ def attach(
         PlanError: As :func:`peft_config`; if PEFT cannot put these adapters on these modules (a storage of weights
             that it does not know); or if a module to save is not there, or not above the layers.
         CensusError: If what was attached is not what was planned.
+        UnsupportedModelError: If the model has no configuration, or weights are on the meta device or scattered.
     """
+    if getattr(model, "config", None) is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no config, which adapters are saved, loaded and trained by. Expected a "
+            "transformers model: subclass PreTrainedModel, with a PreTrainedConfig that has a model_type."
+        )
+    check_placement(model)
     config = peft_config(anatomy, ranks, options)
     _check_modules_to_save(model, anatomy, options.modules_to_save or ())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -268,12 +276,13 @@ def check_census(
         raise CensusError(
             f"the adapters on the model are {other[0]}, and the plan says {options.adapter}. Nothing was trained."
         )
-    have: dict[str, tuple[Any, Any]] = {
-        entry.name.removesuffix(".weight"): (entry.rank, entry.alpha) for entry in found
-    }
     want: dict[str, tuple[Any, Any]] = {
         entry.name: (None if rule.rank is None else entry.rank, float(entry.alpha) if rule.alpha else None)
         for entry in ranks
+    }
+    have: dict[str, tuple[Any, Any]] = {
+        entry.name if entry.name in want else entry.name.removesuffix(".weight"): (entry.rank, entry.alpha)
+        for entry in found
     }
     missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
     wrong = sorted(name for name in set(want) & set(have) if want[name] != have[name])

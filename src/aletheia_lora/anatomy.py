@@ -6,8 +6,11 @@ compared. What cannot be adapted is in it too, with the reason; nothing is left 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,17 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import PlanError, UnsupportedModelError
 from .layers import embedding_of, layer_blocks
-from .placement import input_device
 from .quantized import plain_tensors
+from .trial import Trial, sees_later_tokens, trial_forward
 
 Kind = Literal["attention", "mlp", "expert", "mixer"]
 Storage = Literal["linear", "conv1d", "quantized", "stacked"]
 
 KINDS: tuple[Kind, ...] = ("attention", "mlp", "expert", "mixer")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg", "gating", "router_proj"})
-# PEFT refuses `out_proj` on these model types, because their fused kernels read its weight directly.
-PEFT_REFUSES_OUT_PROJ = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "nemotron_h", "zamba2"})
-TRIAL_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,14 @@ class ModelAnatomy:
         return adaptable / matrices if matrices else 0.0
 
     @property
+    def left_out_reasons(self) -> dict[str, int]:
+        """Weights that get no adapter, by the reason."""
+        reasons: Counter[str] = Counter()
+        for item in self.left_out:
+            reasons[item.reason] += item.num_params
+        return dict(reasons)
+
+    @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that two models share only if a plan for one fits the other."""
         shape = [
@@ -181,8 +189,8 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
         model: A transformers causal language model, or anything shaped like one, on any device (``meta`` included).
 
     Raises:
-        UnsupportedModelError: For an encoder-decoder model, a model that already carries adapters, or one with no
-            single stack of decoder layers; the message names the model and what was found.
+        UnsupportedModelError: For an encoder-decoder model, one that sees later tokens, one that already carries
+            adapters, or one with no single stack of decoder layers; the message names the model and what was found.
     """
     architecture = type(model).__name__
     config: Any = getattr(model, "config", None)
@@ -198,20 +206,32 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
         )
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     blocks = layer_blocks(model)
-    called, trial_forward = _modules_called(model, text_config)
-    shared = _shared_weights(model)
-    names = {id(module): name for name, module in model.named_modules()}
+    maps = [module for module in model.modules() if linear_shape(module) is not None]
+    trial = trial_forward(model, maps, text_config)
+    if trial.outcome == "ran" and sees_later_tokens(model, text_config):
+        raise UnsupportedModelError(
+            f"{architecture} sees later tokens: what it says of a token depends on those behind it, so a next-token "
+            "loss means nothing. Set is_decoder=True in its configuration (BERT's family), or pass a causal model."
+        )
+    context = _Context(
+        names={id(module): name for name, module in model.named_modules()},
+        owners={id(child): type(module) for module in model.modules() for child in module.children()},
+        trial=trial,
+        renamings=_renamings(model),
+        shared=_shared_weights(model),
+        text_config=text_config,
+    )
     model_type = str(getattr(text_config, "model_type", architecture))
     layers: list[LayerAnatomy] = []
     left_out: list[LeftOut] = []
     for layer_idx, block in enumerate(blocks):
-        modules, skipped = _layer_matrices(block, layer_idx, names, called, shared, model_type, text_config)
+        modules, skipped = _layer_matrices(block, layer_idx, context)
         left_out.extend(skipped)
-        layers.append(LayerAnatomy(layer_idx, names[id(block[0])], _num_params(block), modules))
+        layers.append(LayerAnatomy(layer_idx, context.names[id(block[0])], _num_params(block), modules))
     if not any(layer.modules for layer in layers):
-        reasons = Counter(item.reason for item in left_out)
+        reasons = sorted({item.reason for item in left_out})
         raise UnsupportedModelError(
-            f"{architecture} has {len(layers)} layers but no matrix that can be adapted: {dict(reasons)}"
+            f"{architecture} has {len(layers)} layers but no matrix that can be adapted: {'; '.join(reasons)}."
         )
     return ModelAnatomy(
         architecture=architecture,
@@ -221,7 +241,7 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
         layers=tuple(layers),
         left_out=tuple(left_out),
         num_params=_num_params([model]),
-        trial_forward=trial_forward,
+        trial_forward=trial.outcome,
     )
 
 
@@ -249,26 +269,38 @@ def is_quantized(module: nn.Module) -> bool:
 # --- reading one layer --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What is known of the whole model when one of its layers is read."""
+
+    names: Mapping[int, str]
+    """Full name of each module, by its id."""
+    owners: Mapping[int, type[nn.Module]]
+    """Class of the module that holds each module, by its id."""
+    trial: Trial
+    renamings: list[Any]
+    """How transformers renames weights when it loads them."""
+    shared: set[int]
+    """Ids of the parameters that several places use."""
+    text_config: Any
+
+
 def _layer_matrices(
-    blocks: list[nn.Module],
-    layer_idx: int,
-    names: Mapping[int, str],
-    called: set[int] | None,
-    shared: set[int],
-    model_type: str,
-    text_config: Any,
+    blocks: list[nn.Module], layer_idx: int, context: _Context
 ) -> tuple[tuple[ModuleAnatomy, ...], list[LeftOut]]:
     modules: list[ModuleAnatomy] = []
     left_out: list[LeftOut] = []
     for block in blocks:
-        block_name = names[id(block)]
+        block_name = context.names[id(block)]
+        # Where none is reached, the layer hides its graph (reversible, checkpointed), and nothing can be told.
+        learns = any(id(module) in (context.trial.learning or ()) for module in block.modules())
         for module in block.modules():
-            name = names[id(module)]
+            name = context.names[id(module)]
             path = name[len(block_name) :].lstrip(".")
             shape = linear_shape(module)
             weight = getattr(module, "weight", None)
             if shape is not None and (weight is not None or is_quantized(module)):
-                reason = _why_left_out(module, path, called, shared, model_type)
+                reason = _why_left_out(module, path, context, learns)
                 if reason is not None:
                     left_out.append(LeftOut(name, layer_idx, shape[0] * shape[1], reason))
                     continue
@@ -281,17 +313,15 @@ def _layer_matrices(
                 if parameter.ndim < 2 or parameter_name.endswith("bias"):
                     continue
                 full = f"{name}.{parameter_name}"
-                num_experts = _num_experts(module, parameter, text_config)
+                num_experts = _num_experts(module, parameter, context.text_config)
                 if num_experts is None:
                     kind = "convolution kernel" if "conv" in path.lower() else "bare parameter"
-                    reason = (
-                        "router" if path.rpartition(".")[2] in ROUTER_NAMES else f"{kind}, read directly by its owner"
-                    )
+                    reason = "router" if _is_router(path) else f"{kind}, read directly by its owner"
                     left_out.append(LeftOut(full, layer_idx, parameter.numel(), reason))
-                elif id(parameter) in shared:
+                elif id(parameter) in context.shared:
                     left_out.append(LeftOut(full, layer_idx, parameter.numel(), "tied to another layer"))
                 else:
-                    active = min(float(_experts_per_token(text_config)) / num_experts, 1.0)
+                    active = min(float(_experts_per_token(context.text_config)) / num_experts, 1.0)
                     first, second = int(parameter.shape[1]), int(parameter.shape[2])
                     if not getattr(module, "is_transposed", False):
                         first, second = second, first
@@ -301,20 +331,61 @@ def _layer_matrices(
     return tuple(modules), left_out
 
 
-def _why_left_out(
-    module: nn.Module, path: str, called: set[int] | None, shared: set[int], model_type: str
-) -> str | None:
+def _why_left_out(module: nn.Module, path: str, context: _Context, learns: bool) -> str | None:
     leaf = path.rpartition(".")[2]
-    if leaf in ROUTER_NAMES:
+    if _is_router(path):
         return "router"
     weight = getattr(module, "weight", None)
-    if weight is not None and id(weight) in shared:
+    if weight is not None and id(weight) in context.shared:
         return "tied to another layer"
-    if leaf == "out_proj" and model_type in PEFT_REFUSES_OUT_PROJ:
-        return f"PEFT refuses out_proj on {model_type}"
-    if called is not None and id(module) not in called and "expert" not in path:
-        return "its forward does not run: the weight is read directly, an adapter would be dead"
+    owner: Any = context.owners.get(id(module))
+    if owner is not None and _reads_weight_of(owner, leaf):
+        return "its owner hands the weight to a kernel directly, where an adapter would be dead"
+    if context.trial.called is not None and "expert" not in path:
+        if id(module) not in context.trial.called:
+            return "its forward does not run: unused, or read directly by its owner; an adapter would be dead"
+        if learns and id(module) not in (context.trial.learning or ()):
+            return "no gradient reaches it: what it computes only selects"
+    if _is_renamed(context.names[id(module)], context.renamings):
+        return "PEFT could not load an adapter on it again: transformers renames what is loaded under its name"
     return None
+
+
+def _renamings(model: nn.Module) -> list[Any]:
+    """How transformers renames weights of this model when it loads them; PEFT renames adapters likewise."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        return [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]  # type: ignore[arg-type]
+    except (ImportError, AttributeError):  # another transformers, or a model of another make
+        return []
+
+
+def _is_renamed(name: str, renamings: list[Any]) -> bool:
+    """True if an adapter saved under this name would be looked for under another one, a cut prefix aside."""
+    saved = key = f"{name}.lora_A.weight"
+    for renaming in renamings:
+        key = renaming.rename_source_key(key)[0]
+    return key != saved and not saved.endswith(key)
+
+
+def _is_router(path: str) -> bool:
+    """True for a router and all its parts; by whole words, since many a gate is none."""
+    return not ROUTER_NAMES.isdisjoint(path.split("."))
+
+
+@functools.cache
+def _reads_weight_of(owner: type[nn.Module], leaf: str) -> bool:
+    """True if the owner's code uses ``self.<leaf>.weight`` itself, whichever of its kernels does; by its source."""
+    for kind in owner.__mro__[: owner.__mro__.index(nn.Module)]:
+        try:
+            source = inspect.getsource(kind)
+        except (OSError, TypeError):  # no source at hand: the trial forward has to tell
+            continue
+        if re.search(rf"\bself\.{re.escape(leaf)}\.weight\b(?!\.|\[|\s*=[^=])", source):
+            return True
+    return False
 
 
 def kind_of(path: str) -> Kind:
@@ -404,43 +475,3 @@ def _num_params(roots: list[nn.Module]) -> int:
             total += shape[0] * shape[1]
         total += sum(parameter.numel() for parameter in own if not packed or parameter.ndim == 1)
     return total
-
-
-# --- the trial forward ------------------------------------------------------------------------------------------
-
-
-def _modules_called(model: nn.Module, text_config: Any) -> tuple[set[int] | None, str]:
-    """Ids of the linear maps whose forward runs when the model runs in train mode, and a word on the trial.
-
-    Train mode, because several architectures read weights directly in one mode only. Dropout consumes random numbers,
-    so the RNG state is put back; train and eval flags are put back module by module.
-    """
-    called: set[int] = set()
-    candidates = [module for module in model.modules() if linear_shape(module) is not None]
-
-    def note(module: nn.Module, *_: object) -> None:
-        called.add(id(module))
-
-    handles = [module.register_forward_pre_hook(note) for module in candidates]
-    training = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    weight = embedding_of(model).weight
-    vocab_size = int(getattr(text_config, "vocab_size", 0) or weight.shape[0])
-    input_ids = (torch.arange(TRIAL_TOKENS, device=input_device(model)) % vocab_size).unsqueeze(0)
-    devices = [weight.device] if weight.device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            model.train()
-            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
-    except Exception as error:  # whatever a foreign forward raises, the anatomy still stands without the trial
-        reason = str(error).splitlines()[0][:120] if str(error) else "no message"
-        return None, f"could not run ({type(error).__name__}: {reason})"
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, flag in training:
-            module.training = flag
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-    return called, "ran"

@@ -153,7 +153,10 @@ def _show_doctor(record: dict[str, Any]) -> None:
         f"can be adapted: {record['adaptable_share']:.1%} of the layers' matrix weights, {record['modules_per_kind']}"
     )
     for reason, count in record["left_out"].items():
-        console.print(f"left out: {count:,} weights: {reason}", markup=False)
+        paths = {path for layer in record["layers"] for path, why in layer["left_out"].items() if why == reason}
+        console.print(f"left out: {count:,} weights of {', '.join(sorted(paths))}: {reason}", markup=False)
+    if record["read_from"] != "weights":
+        console.print(f"read from {record['read_from']} alone; no weights were loaded", markup=False)
     if record["trial_forward"] != "ran":
         console.print(f"the trial forward {record['trial_forward']}: unused matrices may be among them", markup=False)
 
@@ -166,6 +169,11 @@ def _show_probe(record: dict[str, Any]) -> None:
         f"{record['seconds']:.1f} s, spread {record['spread']:.2f}, "
         f"split-half overlap {record['split_half_overlap']:.2f}"
     )
+    for load in record["expert_loads"]:
+        shares = [count / max(sum(load["num_tokens"]), 1) for count in load["num_tokens"]]
+        print(
+            f"layer {load['layer_idx']}: its {len(shares)} experts got {min(shares):.1%} to {max(shares):.1%} of tokens"
+        )
     for file in record.get("files", []):
         print(f"wrote {file}")
 

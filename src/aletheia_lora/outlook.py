@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from .anatomy import ModelAnatomy, anatomy
 from .cost import StepShape, cost_model
@@ -45,6 +51,12 @@ class OutlookOptions:
     """Memory that a step has to fit in."""
 
 
+def auto_class(config: Any) -> Any:
+    """The transformers class that makes the language model of this configuration, also one that sees images."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 def model_from_config(source: str | Path | Any) -> Any:
     """A causal language model without weights, on the ``meta`` device, in bfloat16.
 
@@ -60,7 +72,7 @@ def model_from_config(source: str | Path | Any) -> Any:
             path = Path(source).parent if Path(source).name == "config.json" else Path(source)
         config = AutoConfig.from_pretrained(path) if isinstance(path, str | Path) else path
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            return auto_class(config).from_config(config, dtype=torch.bfloat16)
     except Exception as error:  # foreign configurations raise whatever they raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(

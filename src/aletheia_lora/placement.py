@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UnsupportedModelError
 from .layers import embedding_of
 
 
@@ -24,6 +25,32 @@ def input_device(model: nn.Module) -> torch.device:
         return torch.device(hook.execution_device)
     device: torch.device = embedding.weight.device
     return device
+
+
+def check_placement(model: nn.Module) -> None:
+    """Check that the weights are there, on one device or where a device map put them.
+
+    Raises:
+        UnsupportedModelError: If weights have no contents, or lie on several devices and nothing moves data between.
+    """
+    architecture = type(model).__name__
+    empty = [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.device.type == "meta" and _offload_hook(module) is None
+    ]
+    if empty:
+        raise UnsupportedModelError(
+            f"{len(empty)} weights of {architecture} are on the meta device, without contents, e.g. {empty[0]}. "
+            "Load them first: from_pretrained outside an empty-weights context, or by a device_map."
+        )
+    devices = sorted({str(parameter.device) for parameter in model.parameters() if parameter.device.type != "meta"})
+    if len(devices) > 1 and not any(hasattr(module, "hf_device_map") for module in model.modules()):
+        raise UnsupportedModelError(
+            f"the weights of {architecture} lie on {' and '.join(devices)}, and nothing moves data between them. "
+            "Put the model on one device with model.to(...), or load it with a device_map."
+        )
 
 
 def weight_value(module: nn.Module, name: str = "weight") -> Tensor:

@@ -19,9 +19,11 @@ from .errors import ProbeError
 from .files import write_json
 
 Method = Literal["formed", "gram", "autograd"]
+Mode = Literal["auto", "exact", "gram"]
 FORMAT = "aletheia-probe/1"
 FLAT_SPREAD = 2.5
-OPTIONAL = frozenset({"timing", "row_lengths"})  # records from before these were measured lack them
+OPTIONAL = frozenset({"timing", "row_lengths", "expert_loads"})  # records from before these were measured lack them
+NESTED = frozenset({"timing", "tensors", "expert_loads"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class TensorStatistics:
     name: str
     layer_idx: int
     kind: str
-    """``attention``, ``mlp``, ``expert``, ``mixer``; or ``other`` for norms, biases and what gets no adapter."""
+    """``attention``, ``mlp``, ``expert``, ``mixer``; ``router``, or ``other`` for all else that gets no adapter."""
     num_params: int
     method: Method
     """How the norm was found: the gradient ``formed`` and dropped, its ``gram`` form, or ``autograd``'s own."""
@@ -41,11 +43,36 @@ class TensorStatistics:
     """Sum of |weight * gradient| per batch; None where the gradient itself was never formed."""
     weight_norm: float | None = None
     """Frobenius norm of the weight; None where it is stored quantized."""
+    expert_grad_norm: tuple[float, ...] | None = None
+    """Of a stack of experts: Frobenius norm of each expert's gradient, summed over batches; None for all else."""
 
     @property
     def adaptable(self) -> bool:
         """True if an adapter can sit on this tensor."""
-        return self.kind != "other"
+        return self.kind not in ("other", "router")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """Tokens that the router of a layer sent to each of its experts, over all probe batches."""
+
+    name: str
+    """Full name of the module that holds the experts."""
+    layer_idx: int
+    num_tokens: tuple[int, ...]
+    """Tokens that each expert received, padding excluded; a token counts once for each expert that it is sent to."""
+
+    @property
+    def share(self) -> tuple[float, ...]:
+        """What each expert received of all that was sent; adds up to 1. NaN if nothing was."""
+        total = sum(self.num_tokens)
+        return tuple(count / total if total else float("nan") for count in self.num_tokens)
+
+    @property
+    def effective_experts(self) -> float:
+        """exp(entropy of the shares): the number of experts if they share evenly, 1 if one gets everything."""
+        share = np.asarray(self.share)
+        return float(np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1.0)))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +117,7 @@ class StepTiming:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> StepTiming:
         """Read back what ``dataclasses.asdict`` wrote, from JSON or not."""
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
-        }
+        fields = _with_tuples(record)
         for key in ("forward", "backward"):
             fields[key] = tuple(tuple(batch) for batch in record[key])
         fields["adapters"] = tuple(AdapterTiming(**entry) for entry in record["adapters"])
@@ -129,6 +154,8 @@ class ProbeResult(Mapping[int, float]):
     """Where the time of the batches went; None where it could not be told."""
     row_lengths: tuple[int, ...] = ()
     """Tokens of the rows that training will see, ascending (at most 101, evenly spread); empty if not known."""
+    expert_loads: tuple[ExpertLoad, ...] = ()
+    """Tokens of each expert, an entry per layer with stacked experts; empty in records from before that."""
 
     def __getitem__(self, layer_idx: int) -> float:
         return (
@@ -190,12 +217,13 @@ class ProbeResult(Mapping[int, float]):
         errors = self.standard_errors()
         return {
             "format": FORMAT,
-            **{key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("tensors", "timing")},
+            **{key: getattr(self, key) for key in self.__dataclass_fields__ if key not in NESTED},
             "timing": None if self.timing is None else asdict(self.timing),
             "scores": [self[layer] for layer in self],
             "standard_errors": [float(error) for error in errors],
             "spread": self.spread,
             "split_half_overlap": self.split_half_overlap(),
+            "expert_loads": [asdict(load) for load in self.expert_loads],
             "tensors": [asdict(tensor) for tensor in self.tensors],
         }
 
@@ -215,16 +243,8 @@ class ProbeResult(Mapping[int, float]):
         for key in ("losses", "num_tokens", "num_labelled_tokens", "row_lengths"):
             fields[key] = tuple(fields.get(key, ()))
         fields["timing"] = None if fields.get("timing") is None else StepTiming.from_dict(fields["timing"])
-        fields["tensors"] = tuple(
-            TensorStatistics(
-                **{
-                    **tensor,
-                    "grad_norm": tuple(tensor["grad_norm"]),
-                    "taylor": None if tensor["taylor"] is None else tuple(tensor["taylor"]),
-                }
-            )
-            for tensor in record["tensors"]
-        )
+        fields["tensors"] = tuple(TensorStatistics(**_with_tuples(tensor)) for tensor in record["tensors"])
+        fields["expert_loads"] = tuple(ExpertLoad(**_with_tuples(load)) for load in fields.get("expert_loads", ()))
         return cls(**fields)
 
     def save(self, path: str | Path) -> Path:
@@ -265,7 +285,12 @@ def merged(parts: Sequence[ProbeResult]) -> ProbeResult:
             last.tensors[index],
             grad_norm=in_turns([entry.grad_norm for entry in mine]),
             taylor=in_turns(taylors) if len(taylors) == len(mine) else None,
+            expert_grad_norm=_added([entry.expert_grad_norm for entry in mine]),
         )
+
+    def load(index: int) -> ExpertLoad:
+        mine = [part.expert_loads[index] for part in used]
+        return replace(mine[0], num_tokens=_added([entry.num_tokens for entry in mine]) or ())
 
     timings = [part.timing for part in used if part.timing is not None]
     timing = None
@@ -284,4 +309,16 @@ def merged(parts: Sequence[ProbeResult]) -> ProbeResult:
         seconds=max(part.seconds for part in parts),
         peak_memory_bytes=max(peaks) if len(peaks) == len(used) else None,
         timing=timing,
+        expert_loads=tuple(load(index) for index in range(len(used[0].expert_loads))),
     )
+
+
+def _added(rows: Sequence[tuple[Any, ...] | None]) -> tuple[Any, ...] | None:
+    """Sums entry by entry; None where a row is missing."""
+    present = [row for row in rows if row is not None]
+    return tuple(map(sum, zip(*present, strict=True))) if len(present) == len(rows) else None
+
+
+def _with_tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The same entries with each list, as JSON has it, a tuple again."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}

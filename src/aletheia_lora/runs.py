@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from .allocation import ALLOCATIONS
-from .anatomy import anatomy
+from .anatomy import ModelAnatomy, anatomy
 from .calibration import measured_rate
 from .comparison import CompareOptions, compare
 from .data import Parts, TokenizedRows, split, tokenize
@@ -25,9 +25,9 @@ from .embedded import load_embedded_model, split_by_module, standard_library_row
 from .errors import ConfigError, UnsupportedModelError, nearest
 from .evaluation.evaluate import EvaluationOptions, evaluate, prepare
 from .files import check_writable, write_bytes, write_json
-from .memory import device_memory, parse_bytes
+from .memory import device_memory, parse_bytes, without_contents
 from .methods import METHODS
-from .outlook import OutlookOptions, model_from_config, outlook, outlook_text
+from .outlook import OutlookOptions, auto_class, model_from_config, outlook, outlook_text
 from .planning import Plan, PlanOptions, plan_from_probe, probe_rows
 from .processes import on_main, together, world_size
 from .quantized import plain_tensors, quantization_config
@@ -41,17 +41,19 @@ from .training.run import TrainOptions, check_output, train_adapter
 
 Say = Callable[[str], None]
 EMBEDDED = "embedded"
+WEIGHT_FILES = frozenset({".safetensors", ".bin", ".gguf", ".pt"})
 EMBEDDED_NAMES = {"model": "SmolLM2-135M-Instruct", "data": "docstrings of the Python standard library"}
 
 
 def run_doctor(config: RunConfig, say: Say) -> dict[str, Any]:
-    """What can be adapted in this model, what not, and why."""
-    model, _ = load_model(config, say)
-    found = anatomy(model)
-    reasons: Counter[str] = Counter()
-    for item in found.left_out:
-        reasons[item.reason] += item.num_params
+    """What can be adapted in this model, what not, and why.
+
+    Weights that lie at hand are loaded, and so checked; of a hub id or a folder with no more than a ``config.json`` the
+    configuration alone is read, unless it says that weights are quantized.
+    """
+    found, read_from = _examine(config, say)
     return {
+        "read_from": read_from,
         "architecture": found.architecture,
         "model_type": found.model_type,
         "num_layers": found.num_layers,
@@ -60,13 +62,18 @@ def run_doctor(config: RunConfig, say: Say) -> dict[str, Any]:
         "adaptable_share": found.adaptable_share,
         "modules_per_kind": dict(Counter(module.kind for module in found.modules)),
         "storage": dict(Counter(module.storage for module in found.modules)),
-        "left_out": dict(reasons),
+        "left_out": found.left_out_reasons,
         "trial_forward": found.trial_forward,
         "layers": [
             {
                 "layer_idx": layer.layer_idx,
                 "num_params": layer.num_params,
                 "modules": [module.name.removeprefix(f"{layer.name}.") for module in layer.modules],
+                "left_out": {
+                    item.name.removeprefix(f"{layer.name}."): item.reason
+                    for item in found.left_out
+                    if item.layer_idx == layer.layer_idx
+                },
             }
             for layer in found.layers
         ],
@@ -222,7 +229,25 @@ def run_eval(config: RunConfig, say: Say) -> dict[str, Any]:
     return {**record, "output": str(folder)}
 
 
-def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
+def _examine(config: RunConfig, say: Say) -> tuple[ModelAnatomy, str]:
+    """The anatomy, and what it was read from: ``weights`` or ``config.json``."""
+    transformers_logging.set_verbosity_error()
+    source = Path(config.model)
+    weights = source.is_dir() and any(file.suffix in WEIGHT_FILES for file in source.iterdir())
+    if config.model != EMBEDDED and not weights:
+        try:
+            described = AutoConfig.from_pretrained(source.parent if source.suffix == ".json" else config.model)
+        except (OSError, ValueError):
+            described = None  # loading says what is wrong
+        if described is not None and getattr(described, "quantization_config", None) is None:
+            say(f"reading the configuration of {_shown(config, 'model')}")
+            model, mode = without_contents(model_from_config(described))
+            with mode:
+                return anatomy(model), "config.json"
+    return anatomy(load_model(config, say, with_tokenizer=False)[0]), "weights"
+
+
+def load_model(config: RunConfig, say: Say, *, with_tokenizer: bool = True) -> tuple[Any, Any]:
     """The model and tokenizer that the configuration names, on their device.
 
     Raises:
@@ -237,7 +262,7 @@ def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         model, tokenizer = load_embedded_model(dtype=dtype, packing=_packing(config, dtype, device))
     else:
-        model, tokenizer = _load_by_name(config, device)
+        model, tokenizer = _load_by_name(config, device, with_tokenizer=with_tokenizer)
     try:
         if getattr(model, "hf_quantizer", None) is None:  # packed weights are on their device
             model = model.to(device)
@@ -249,7 +274,7 @@ def load_model(config: RunConfig, say: Say) -> tuple[Any, Any]:
         raise ConfigError(f"device={device!r} cannot be used: {' '.join(str(error).split())}") from error
 
 
-def _load_by_name(config: RunConfig, device: str) -> tuple[Any, Any]:
+def _load_by_name(config: RunConfig, device: str, *, with_tokenizer: bool) -> tuple[Any, Any]:
     """Model and tokenizer of a hub id or folder; packed weights are put on their device."""
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
@@ -261,8 +286,8 @@ def _load_by_name(config: RunConfig, device: str) -> tuple[Any, Any]:
                     f"quantization={config.quantization!r}, but {config.model!r} is quantized already. Leave it out."
                 )
             packing = {"device_map": {"": device}}
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **packing)
-        return model, AutoTokenizer.from_pretrained(config.model)
+        model = auto_class(found).from_pretrained(config.model, dtype=dtype, **packing)
+        return model, AutoTokenizer.from_pretrained(config.model) if with_tokenizer else None
     except ConfigError:
         raise
     except Exception as error:  # broken weights raise what the format's reader raises

@@ -73,7 +73,7 @@ class Stopwatch:
             if self.in_backward or layer_idx not in self.entered:
                 return
             self.forwards.append((layer_idx, self.entered.pop(layer_idx), self._now()))
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = output[0] if isinstance(output, tuple | list) else output
             if isinstance(hidden, Tensor) and hidden.requires_grad:
                 hidden.register_hook(lambda _gradient: self.borders.append((layer_idx, self._now())))
 

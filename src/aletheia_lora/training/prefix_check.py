@@ -98,7 +98,7 @@ def observed(
             seen.setdefault(f"states entering layer {lowest}", _at(hidden, places))
 
     def leaving(_module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         if isinstance(hidden, Tensor):
             seen["states leaving the last layer"] = _at(hidden, places)
 

@@ -58,7 +58,7 @@ def backward_depth(base_model: nn.Module) -> Iterator[list[int]]:
 
     def watch(layer_idx: int) -> Any:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = output[0] if isinstance(output, tuple | list) else output
             if isinstance(hidden, Tensor) and hidden.requires_grad:
                 hidden.register_hook(lambda _gradient: reached.append(layer_idx))
 
