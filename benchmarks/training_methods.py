@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from aletheia_lora.anatomy import ModelAnatomy
 from aletheia_lora.data import TokenizedRows, tokenize
 from aletheia_lora.embedded import load_embedded_model
-from aletheia_lora.planning import Plan, PlanOptions, plan_from_probe, probe_rows
+from aletheia_lora.plan_options import PlanOptions
+from aletheia_lora.planning import Plan, plan_from_probe, probe_rows
 from aletheia_lora.probe_result import ProbeResult
 from aletheia_lora.rows import load_rows
 

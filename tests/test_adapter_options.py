@@ -13,7 +13,8 @@ from aletheia_lora.config import aletheia_lora_config, apply_aletheia_lora
 from aletheia_lora.data import tokenize
 from aletheia_lora.errors import CensusError, ConfigError, PlanError
 from aletheia_lora.fast_lora import FastLora
-from aletheia_lora.planning import Plan, PlanOptions, plan
+from aletheia_lora.plan_options import PlanOptions
+from aletheia_lora.planning import Plan, plan
 from aletheia_lora.run_config import configuration
 from aletheia_lora.runs import _given_plan, _plan_options
 from aletheia_lora.training.run import TrainOptions, train_adapter

@@ -49,6 +49,7 @@ ROOMS = (
     "calibration",
     "config",
     "prediction",
+    "plan_options",
     "planning",
     "outlook",
     "training",

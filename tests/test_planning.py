@@ -15,7 +15,8 @@ from aletheia_lora.allocation import ALLOCATIONS
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.data import batches, tokenize
 from aletheia_lora.errors import DataError, PlanError, ProbeError
-from aletheia_lora.planning import Plan, PlanOptions, plan, plan_from_probe
+from aletheia_lora.plan_options import PlanOptions
+from aletheia_lora.planning import Plan, plan, plan_from_probe
 from aletheia_lora.probe import probe
 from aletheia_lora.scores import SCORES
 from aletheia_lora.selection import STRATEGIES

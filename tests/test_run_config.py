@@ -6,7 +6,7 @@ import pytest
 
 from aletheia_lora.comparison import CompareOptions
 from aletheia_lora.errors import ConfigError
-from aletheia_lora.planning import PlanOptions
+from aletheia_lora.plan_options import PlanOptions
 from aletheia_lora.run_config import GROUPS, RunConfig, configuration, resolve
 from aletheia_lora.training.run import TrainOptions
 

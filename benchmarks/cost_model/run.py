@@ -88,7 +88,8 @@ def all_batches(rows, device):
 
 def predictions(model, rows):
     """One calibration; what it predicts for every choice, with what counting alone predicts beside it."""
-    from aletheia_lora.planning import PlanOptions, probe_rows
+    from aletheia_lora.plan_options import PlanOptions
+    from aletheia_lora.planning import probe_rows
     from aletheia_lora.prediction import probe_cost, probe_memory
 
     found, measured = probe_rows(model, rows, PlanOptions(**SETTINGS))

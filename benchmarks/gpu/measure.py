@@ -152,7 +152,8 @@ def choices(record, model, data, rows, mode):
     """Probe; the anatomy and the ranks of each choice (or why there are none), and the cost of a step."""
     from aletheia_lora.allocation import allocate
     from aletheia_lora.errors import AletheiaError
-    from aletheia_lora.planning import PlanOptions, plan_from_probe, probe_rows
+    from aletheia_lora.plan_options import PlanOptions
+    from aletheia_lora.planning import plan_from_probe, probe_rows
     from aletheia_lora.prediction import probe_cost
     from aletheia_lora.selection import select_layers
 

@@ -26,6 +26,7 @@ from .layers import embedding_of
 from .memory import parse_bytes
 from .methods import method_of, with_params
 from .placement import input_device
+from .plan_options import PlanOptions
 from .prediction import (
     Prediction,
     batch_shape,

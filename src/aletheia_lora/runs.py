@@ -28,7 +28,8 @@ from .files import check_writable, write_bytes, write_json
 from .memory import device_memory, parse_bytes, without_contents
 from .methods import METHODS
 from .outlook import OutlookOptions, auto_class, model_from_config, outlook, outlook_text
-from .planning import Plan, PlanOptions, plan_from_probe, probe_rows
+from .plan_options import PlanOptions
+from .planning import Plan, plan_from_probe, probe_rows
 from .processes import on_main, together, world_size
 from .quantized import plain_tensors, quantization_config
 from .report.page import finding, write_page
