@@ -232,7 +232,7 @@ def test_the_documented_builders_and_the_command_pass_the_options_on():
         assert {key: getattr(config, key) for key in given} == given
     usual = aletheia_lora_config([1])
     assert usual.init_lora_weights is True and usual.modules_to_save is None and not usual.use_dora
-    options = _plan_options(configuration(given)).adapter
+    options = _plan_options(configuration(given)).adapter_options
     assert options == AdapterOptions(**{**given, "modules_to_save": ("lm_head",)})
     assert options.in_words() == "use_dora, use_rslora, init_lora_weights=gaussian, modules_to_save=lm_head"
     with pytest.raises(ConfigError, match="unknown key 'use_dorra'"):

@@ -103,6 +103,7 @@ def test_weights_on_several_devices_need_a_device_map():
         named_parameters=lambda: [(str(index), weight) for index, weight in enumerate(weights)],
         parameters=lambda: weights,
         modules=lambda: [object()],
+        named_modules=lambda: [],
     )
     with pytest.raises(UnsupportedModelError, match=r"lie on cpu and cuda:0.*model\.to\(\.\.\.\), or .* device_map"):
         check_placement(model)

@@ -24,7 +24,7 @@ class Trial:
     called: frozenset[int] | None
     """Ids of the modules whose forward ran; None if the model's could not."""
     learning: frozenset[int] | None
-    """Ids of those that a gradient of the output reaches; None if that could not be told."""
+    """Ids of those that a gradient of the output reaches, or whose kernel lets none pass; None if not told."""
     outcome: str
     """"ran", or why it could not."""
 
@@ -35,9 +35,13 @@ def trial_forward(model: nn.Module, candidates: Iterable[nn.Module], text_config
     Train mode, because several architectures read weights directly in one mode only. No gradient of a weight is made.
     """
     outputs: dict[int, list[torch.Tensor]] = {}
+    for_inference: set[int] = set()  # no gradient passes these kernels: not a choice of the model's, so not left out
 
-    def note(module: nn.Module, _args: Any, output: Any) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         outputs.setdefault(id(module), []).append(output)
+        tensors = [value for value in (*args[:1], output) if isinstance(value, torch.Tensor)]
+        if torch.is_grad_enabled() and [tensor.requires_grad for tensor in tensors] == [True, False]:
+            for_inference.add(id(module))
 
     handles = [module.register_forward_hook(note) for module in candidates]
     handles.append(embedding_of(model).register_forward_hook(_requiring_gradient))
@@ -45,7 +49,8 @@ def trial_forward(model: nn.Module, candidates: Iterable[nn.Module], text_config
         with _trial(model, training=True), torch.enable_grad():
             input_ids = _trial_tokens(model, text_config)
             result = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
-            return Trial(frozenset(outputs), _reached(_first_output(result), outputs), "ran")
+            reached = _reached(_first_output(result), outputs)
+            return Trial(frozenset(outputs), None if reached is None else reached | for_inference, "ran")
     except Exception as error:  # whatever a foreign forward raises, the anatomy still stands without the trial
         reason = str(error).splitlines()[0][:120] if str(error) else "no message"
         return Trial(None, None, f"could not run ({type(error).__name__}: {reason})")

@@ -54,6 +54,10 @@ class SFTTrainer(trl.SFTTrainer):
 
     model: Any
     args: Any
+    engine_limits: dict[str, str]
+    slow_adapters: dict[str, str]
+    padding_record: dict[str, Any] | None
+    prefix_cache_record: dict[str, Any] | None
 
     def __init__(
         self,
@@ -107,11 +111,9 @@ class SFTTrainer(trl.SFTTrainer):
         self.lowest_layer = plan.selection.lowest
         self.lowest_backward_layer: int | None = None
         self.dead_adapters: list[str] | None = []
-        self.engine_limits: dict[str, str] = {}
-        self.slow_adapters: dict[str, str] = {}
-        self.padding_record: dict[str, Any] | None = None
+        self.engine_limits, self.slow_adapters = {}, {}
+        self.padding_record = self.prefix_cache_record = None
         self.prefix_cache = prefix_cache
-        self.prefix_cache_record: dict[str, Any] | None = None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
         model = _adapted(model, plan, args)
