@@ -64,7 +64,7 @@ def test_every_command_explains_itself(aletheia, monkeypatch):
         ("probe", ("model", "data", "probe", "output")),
         ("plan", ("model", "data", "probe", "plan", "adapter", "step", "checkpointing", "plan_only", "output")),
         ("train", ("model", "data", "probe", "plan", "adapter", "step", "checkpointing", "train", "train_only")),
-        ("compare", ("model", "data", "probe", "plan", "step", "train", "compare", "output")),
+        ("compare", ("model", "data", "probe", "plan", "step", "train", "compare", "forgetting", "asking", "output")),
         ("eval", ("model", "evaluate", "output")),
     ],
 )

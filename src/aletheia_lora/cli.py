@@ -252,7 +252,7 @@ _command(
 _command(
     "compare",
     "Selected layers against uniform LoRA (and --controls): same rows, order and steps; a table and a page.",
-    ("model", *_PLANNING, "step", "train", "compare", "output"),
+    ("model", *_PLANNING, "step", "train", "compare", "forgetting", "asking", "output"),
     ("model", "data"),
     "run_compare",
     _show_compare,
@@ -260,7 +260,7 @@ _command(
 _command(
     "eval",
     "Score the model, and each adapter on it, on standard tasks: --tasks gsm8k,mmlu; every answer is kept.",
-    ("model", "evaluate", "output"),
+    ("model", "evaluate", "asking", "output"),
     ("model", "adapters"),
     "run_eval",
     _show_eval,

@@ -60,9 +60,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "rerank_change",
     ),
     "compare": ("uniform_learning_rate", "timed_steps", "evaluations", "controls", "matched_time"),
-    "evaluate": (
-        "adapters",
-        "tasks",
+    "forgetting": ("eval", "margin", "loss_margin"),
+    "evaluate": ("adapters", "tasks", "any_base"),
+    "asking": (
         "data_dir",
         "limit",
         "num_fewshot",
@@ -72,7 +72,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "chat_template",
         "fewshot_as_multiturn",
         "allow_code",
-        "any_base",
     ),
     "output": ("output",),
 }
@@ -138,6 +137,9 @@ class RunConfig(BaseModel):
     evaluations: int = Field(4, ge=1, description="Held-out evaluations along a run.")
     controls: list[str] = Field([], description="Strategies to train beside the selection, e.g. random, last.")
     matched_time: bool = Field(True, description="Also train the selection for as long as uniform took.")
+    eval: list[str] = Field([], description="Also ask base, uniform and selected these tasks, e.g. gsm8k,wikitext.")
+    margin: float = Field(2.0, gt=0, description="Extra forgetting that would not matter, in points.")
+    loss_margin: float = Field(0.02, gt=0, description="The same for plain text, in nats per token.")
     adapters: list[str] = Field([], description="Folders of adapters to evaluate beside the model.")
     tasks: list[str] = Field([], description="Tasks of lm-evaluation-harness, e.g. gsm8k,mmlu,humaneval,wikitext.")
     data_dir: Path | None = Field(None, description="Folder with the tasks' rows, so that no network is needed.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from .allocation import ALLOCATIONS
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import measured_rate
 from .comparison import CompareOptions, compare
+from .comparison.forgotten import Margins, forgotten
 from .data import Parts, TokenizedRows, split, tokenize
 from .embedded import load_embedded_model, split_by_module, standard_library_rows
 from .errors import ConfigError, UnsupportedModelError, nearest
-from .evaluation.evaluate import EvaluationOptions, evaluate, prepare
+from .evaluation.evaluate import EvaluationOptions, Prepared, evaluate, prepare
 from .files import check_writable, write_bytes, write_json
 from .memory import device_memory, parse_bytes, without_contents
 from .methods import METHODS
@@ -189,6 +190,10 @@ def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
     given = _given_plan(config)
     if config.adapter != "lora":
         raise ConfigError(f"adapter={config.adapter!r}: a comparison is with uniform LoRA. Leave it out, or train.")
+    prepared = _prepared(config, config.eval, say) if config.eval else None
+    keep = None if prepared is None else folder / "adapters"
+    if keep is not None:
+        check_output(keep)
     model, tokenizer, parts = _model_and_data(config, say)
     made = _plan(config, say, given, model, tokenizer, parts)
     say(str(made))
@@ -201,9 +206,15 @@ def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
         options,
         model_name=_shown(config, "model"),
         data_name=_shown(config, "data"),
+        keep=keep,
         say=say,
     )
     write_json(folder / "compare.json", record)
+    if prepared is not None and keep is not None:
+        margins, name = Margins(**config.subset(Margins)), _shown(config, "model")
+        lost = forgotten(model, tokenizer, prepared, keep, folder / "evaluation", margins, model_name=name, say=say)
+        record = {**record, "forgetting": lost}
+        write_json(folder / "compare.json", record)
     made.save(folder / "plan.json")
     page = write_page(record, folder)
     say(finding(record))
@@ -213,10 +224,7 @@ def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:
 def run_eval(config: RunConfig, say: Say) -> dict[str, Any]:
     """Evaluate the model and its adapters; writes ``items.jsonl`` and ``evaluation.json`` into the output folder."""
     folder = config.output if config.output is not None else Path("aletheia-eval")
-    tasks = tuple(name.strip() for entry in config.tasks for name in entry.split(",") if name.strip())
-    prepared = prepare(EvaluationOptions(**{**config.subset(EvaluationOptions), "tasks": tasks}))
-    for note in prepared.loaded.notes:
-        say(note)
+    prepared = _prepared(config, config.tasks, say)
     model, tokenizer = load_model(config, say)
     record = evaluate(
         model,
@@ -228,6 +236,15 @@ def run_eval(config: RunConfig, say: Say) -> dict[str, Any]:
         say=say,
     )
     return {**record, "output": str(folder)}
+
+
+def _prepared(config: RunConfig, named: Sequence[str], say: Say) -> Prepared:
+    """The tasks, loaded; consent and the box for programs are settled then, before a model is there."""
+    tasks = tuple(name.strip() for entry in named for name in entry.split(",") if name.strip())
+    prepared = prepare(EvaluationOptions(**{**config.subset(EvaluationOptions), "tasks": tasks}))
+    for note in prepared.loaded.notes:
+        say(note)
+    return prepared
 
 
 def _examine(config: RunConfig, say: Say) -> tuple[ModelAnatomy, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ def compare(
     *,
     model_name: str = "model",
     data_name: str = "data",
+    keep: Path | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
     """Train every arm and return the record; the caller's model is left as found.
@@ -43,6 +45,7 @@ def compare(
         options: Steps, rates, controls.
         model_name: For the record.
         data_name: For the record.
+        keep: Save the adapter of every full run here, in a folder named after its arm.
         say: Called with a line of progress now and then.
 
     Raises:
@@ -69,7 +72,7 @@ def compare(
     with frozen_weights_put_back(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainers' own advice, once per arm
         errors = take_turns(
-            [run_of(arm, model, tokenizer, rows, pad, options, held_out=held_out, say=say) for arm in arms]
+            [run_of(arm, model, tokenizer, rows, pad, options, held_out=held_out, keep=keep, say=say) for arm in arms]
         )
     for arm, error in zip(arms, errors, strict=True):
         if error is not None and arm.name in ("uniform", "selected"):

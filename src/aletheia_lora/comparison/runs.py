@@ -6,6 +6,7 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..adapter import shared_copy
 from ..data import TokenizedRow, collate
+from ..files import whole_folder
 from ..planning import Plan
 from ..training.interleave import Turn
 from ..training.prefix_cache import PrefixCacheOptions
@@ -34,6 +36,7 @@ def run_of(
     options: CompareOptions,
     *,
     held_out: list[dict[str, Tensor]] | None = None,
+    keep: Path | None = None,
     say: Callable[[str], None] = lambda _line: None,
     adapt: Callable[[Any, Plan, int], PeftModel] = attach_plan,
     prepare: Callable[[Any], None] = lambda _trainer: None,
@@ -48,6 +51,7 @@ def run_of(
         pad: Token to pad with.
         options: Batch size, evaluations and seed.
         held_out: Batches to evaluate on, for a full arm.
+        keep: Save a full arm's adapter here, in a folder named after the arm.
         say: Called with a line at each evaluation.
         adapt: Puts the adapters on the copy.
         prepare: Called with the trainer before it trains, after the clock's own callback was added.
@@ -68,6 +72,9 @@ def run_of(
                 arm.lowest_backward_layer = min(watch.reached, default=None)
                 arm.train_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
                 arm.prefix_cache_record = getattr(trainer, "prefix_cache_record", None)
+                if keep is not None and arm.full:
+                    with whole_folder(keep / arm.name) as finished:
+                        adapted.save_pretrained(str(finished), save_embedding_layers=False)
         finally:
             arm.ended = True
 

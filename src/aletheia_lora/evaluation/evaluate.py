@@ -131,6 +131,7 @@ def evaluate(
     *,
     adapters: Sequence[Path] = (),
     model_names: Sequence[str] = ("model",),
+    with_base: bool = True,
     say: Say = lambda _line: None,
 ) -> dict[str, Any]:
     """Ask a model, and the model with each adapter, the same questions; write every answer and the scores.
@@ -145,6 +146,7 @@ def evaluate(
         output: Folder for ``items.jsonl`` and ``evaluation.json``.
         adapters: Adapter folders.
         model_names: The base model's name, and others that adapters may have recorded.
+        with_base: Ask the base model, too.
         say: Called with a line of progress now and then.
 
     Returns:
@@ -163,7 +165,8 @@ def evaluate(
     folders = labels(adapters)
     for folder in folders.values():
         check_base(folder, model, model_names=model_names, any_base=options.any_base)
-    digests = {BASE: None, **{label: adapter_digest(folder) for label, folder in folders.items()}}
+    base: dict[str, str | None] = {BASE: None} if with_base else {}
+    digests = {**base, **{label: adapter_digest(folder) for label, folder in folders.items()}}
     identity = _identity(model, tokenizer)
     found: list[ItemResult] = []
     seconds: dict[str, float] = {}
