@@ -49,6 +49,7 @@ ROOMS = (
     "embedded",
     "run_config",
     "runs",
+    "campaign",
     "cli",
     "__main__",
 )

@@ -112,7 +112,7 @@ def make_trainer(
                 plan=arm.plan,
                 train_dataset=rows,
                 processing_class=copy.deepcopy(tokenizer),
-                prefix_cache=PrefixCacheOptions() if arm.prefix_cache else None,
+                prefix_cache=PrefixCacheOptions(folder=arm.prefix_cache_dir) if arm.prefix_cache else None,
             )
         else:
             trainer = trl.SFTTrainer(adapted, args, train_dataset=rows, processing_class=copy.deepcopy(tokenizer))
