@@ -67,4 +67,4 @@ class _Allocate(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune by importance."""
-        self.adapted.base_model.update_and_allocate(state.global_step)
+        self.adapted.base_model.update_and_allocate(state.global_step)  # type: ignore[operator]

@@ -12,7 +12,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -28,23 +28,22 @@ from ..comparison.record import environment
 from ..comparison.runs import run_of
 from ..data import Parts, TokenizedRows, split, tokenize
 from ..embedded import split_by_module, standard_library_rows
-from ..errors import AletheiaError, NonFiniteLossError
+from ..errors import NonFiniteLossError
 from ..files import write_json
 from ..loss import heldout_loss
 from ..planning import Plan, PlanOptions, mean_ranks, plan_from_probe, probe_rows
 from ..prediction import probe_cost
 from ..probe_result import ProbeResult
 from ..rows import load_rows
-from ..run_config import RunConfig
+from ..run_config import configuration
 from ..runs import EMBEDDED, Say, load_model
 from ..training.interleave import take_turns
 from .baselines import adapter_of, prepared
+from .executors import EXIT_MACHINE, EXIT_MEMORY
 from .methods import METHODS, Method
-from .records import CellFolder, DamagedError, _read_json, locked
-from .spec import canonical, grid_of
+from .records import CellFolder, chosen_rate, faults, locked, read_json
+from .spec import canonical
 
-EXIT_MACHINE, EXIT_MEMORY = 75, 76
-"""How a child ends without a record: the machine failed it, or memory was short."""
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE}
 SPLIT_SEED, GRID_SEED = 0, 1_000_000
 """Held-out rows are the same for every seed; the grid is searched under a seed of its own."""
@@ -105,6 +104,8 @@ class Bench:
 
     content: dict[str, Any]
     shared: Path
+    micro_batches: int
+    """In a step: as many rows, less memory."""
     model: Any
     tokenizer: Any
     found: ModelAnatomy
@@ -113,7 +114,7 @@ class Bench:
     rest: TokenizedRows
 
     @classmethod
-    def of(cls, content: dict[str, Any], shared: Path, say: Say) -> Bench:
+    def of(cls, content: dict[str, Any], shared: Path, micro_batches: int, say: Say) -> Bench:
         """Load what the cell names.
 
         Raises:
@@ -121,7 +122,7 @@ class Bench:
             DataError: If the rows cannot be read, or are too few.
         """
         entry = content["model"]
-        config = RunConfig(model=entry["model"], dtype=entry["dtype"], device=entry["device"])
+        config = configuration({key: entry[key] for key in ("model", "dtype", "device")})
         model, tokenizer = load_model(config, say)
         looked_at = content["heldout_rows"] + content["validation_rows"]
         task = content["task"]
@@ -134,7 +135,7 @@ class Bench:
             parts = split(_tokens(rows, task, tokenizer), seed=SPLIT_SEED, probe=0, validation=looked_at)
             seen, rest = parts.validation, parts.train
         count = content["heldout_rows"]
-        return cls(content, shared, model, tokenizer, anatomy(model), seen[:count], seen[count:], rest)
+        return cls(content, shared, micro_batches, model, tokenizer, anatomy(model), seen[:count], seen[count:], rest)
 
     @property
     def pad(self) -> int:
@@ -185,7 +186,7 @@ class Bench:
             }
             write_json(file, record)
 
-        base: dict[str, Any] = _read_json(self.shared_file("base", other, write))
+        base: dict[str, Any] = read_json(self.shared_file("base", other, write))
         return base
 
     def other_text(self) -> TokenizedRows | None:
@@ -267,7 +268,8 @@ def _outcome(folder: CellFolder, say: Say) -> tuple[str, str | None, dict[str, A
         folder.append("progress", line=line)
 
     content = folder.cell.content
-    bench = Bench.of(content, folder.path.parent.parent / "shared", say)
+    micro_batches = 2 ** faults(folder.events(), "memory")
+    bench = Bench.of(content, folder.path.parent.parent / "shared", micro_batches, say)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainers' own advice
         result = _grid(bench, aside) if content["kind"] == "grid" else _run(bench, folder, aside)
@@ -315,35 +317,6 @@ def _run(bench: Bench, folder: CellFolder, say: Say) -> dict[str, Any]:
     }
 
 
-def chosen_rate(folder: CellFolder) -> tuple[float, list[dict[str, Any]]]:
-    """The rate of the grid with the lowest validation loss, and the whole grid.
-
-    Raises:
-        AletheiaError: If no run of the grid ended well.
-    """
-    grid = list(_grid_entries(folder))
-    if not grid:
-        return float(folder.cell.content["learning_rates"][0]), []
-    well = [(entry["validation_loss"], entry["learning_rate"]) for entry in grid if entry["state"] == "done"]
-    if not well:
-        raise AletheiaError(f"no learning rate of the grid ended well; the first: {grid[0]['reason']}")
-    return min(well)[1], grid
-
-
-def _grid_entries(folder: CellFolder) -> Iterator[dict[str, Any]]:
-    for cell in grid_of(folder.cell):
-        record = CellFolder(folder.path.parent / cell.folder_name, cell).record()
-        if record is None:
-            raise DamagedError(f"{cell.folder_name} of the grid has no record yet. Run the campaign, not the cell.")
-        yield {
-            "learning_rate": cell.content["learning_rate"],
-            "state": record["state"],
-            "reason": record["reason"],
-            "validation_loss": record["result"].get("validation_loss"),
-            "rows_digest": record["result"].get("rows_digest"),
-        }
-
-
 def _trained(
     bench: Bench,
     learning_rate: float,
@@ -375,6 +348,7 @@ def _trained(
         probe_seconds=measured.seconds if method.needs_probe else 0.0,
         prefix_cache=cached,
         prefix_cache_dir=bench.shared / "prefix" if cached else None,
+        gradient_accumulation=bench.micro_batches,
     )
     kept: list[Any] = []
 
@@ -417,6 +391,7 @@ def _measured(bench: Bench, arm: Arm, adapted: Any) -> dict[str, Any]:
         "trainable_params": sum(parameter.numel() for parameter in trained),
         "learning_rate": arm.learning_rate,
         "steps": arm.steps,
+        "micro_batches": arm.gradient_accumulation,
         "lowest_backward_layer": arm.lowest_backward_layer,
         "heldout": arm.heldout,
         "train_losses": arm.train_losses,
@@ -430,11 +405,3 @@ def _measured(bench: Bench, arm: Arm, adapted: Any) -> dict[str, Any]:
         },
         "environment": environment(),
     }
-
-
-def last_lines(file: Path, count: int = 1) -> Sequence[str]:
-    """The end of a log."""
-    try:
-        return file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-count:]
-    except OSError:
-        return []

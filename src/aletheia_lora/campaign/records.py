@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import AletheiaError, OutputError
 from ..files import write_json
-from .spec import Cell, canonical
+from .spec import Cell, canonical, grid_of
 
 FORMAT = "aletheia-cell/1"
 STATES = ("planned", "running", "interrupted", "oom", "failed", "nan", "invalid", "done")
@@ -90,7 +90,7 @@ class CellFolder:
         Raises:
             DamagedError: If its content is not that of its name.
         """
-        cell = Cell(_read_json(path / "cell.json"))
+        cell = Cell(read_json(path / "cell.json"))
         if cell.folder_name != path.name:
             raise DamagedError(f"{path.name!r} holds the cell {cell.folder_name!r}. Remove the folder.")
         return cls(path, cell)
@@ -188,7 +188,7 @@ class CellFolder:
         file = self.path / "record.json"
         if not file.exists():
             return None
-        record = _read_json(file)
+        record: dict[str, Any] = read_json(file)
         digest = record.pop("sha256", None)
         if digest != sha256(canonical(record).encode()).hexdigest() or record.get("cell") != self.cell.digest:
             raise DamagedError(f"{self.path.name}/record.json is damaged. Remove the folder to run the cell again.")
@@ -268,7 +268,12 @@ def _plain(value: Any) -> Any:
     return value.item()
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """The contents of a file that was written whole.
+
+    Raises:
+        DamagedError: If it is not JSON.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -284,8 +289,37 @@ def read_pinned(folder: Path) -> Mapping[str, Any] | None:
     """
     file = folder / "campaign.json"
     if file.exists():
-        pinned: Mapping[str, Any] = _read_json(file)
+        pinned: Mapping[str, Any] = read_json(file)
         return pinned
     if folder.exists() and (not folder.is_dir() or any(path.name != "driver.lock" for path in folder.iterdir())):
         raise OutputError(f"{str(folder)!r} holds no campaign and is not empty. Choose another --output.")
     return None
+
+
+def chosen_rate(folder: CellFolder) -> tuple[float, list[dict[str, Any]]]:
+    """The rate of the grid with the lowest validation loss, and the whole grid.
+
+    Raises:
+        AletheiaError: If no run of the grid ended well.
+    """
+    grid = list(_grid_entries(folder))
+    if not grid:
+        return float(folder.cell.content["learning_rates"][0]), []
+    well = [(entry["validation_loss"], entry["learning_rate"]) for entry in grid if entry["state"] == "done"]
+    if not well:
+        raise AletheiaError(f"no learning rate of the grid ended well; the first: {grid[0]['reason']}")
+    return min(well)[1], grid
+
+
+def _grid_entries(folder: CellFolder) -> Iterator[dict[str, Any]]:
+    for cell in grid_of(folder.cell):
+        record = CellFolder(folder.path.parent / cell.folder_name, cell).record()
+        if record is None:
+            raise DamagedError(f"{cell.folder_name} of the grid has no record yet. Run the campaign, not the cell.")
+        yield {
+            "learning_rate": cell.content["learning_rate"],
+            "state": record["state"],
+            "reason": record["reason"],
+            "validation_loss": record["result"].get("validation_loss"),
+            "rows_digest": record["result"].get("rows_digest"),
+        }

@@ -6,6 +6,7 @@ of local files and the versions of the libraries included.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -147,6 +148,22 @@ def canonical(value: Any) -> str:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
+
+
+def campaign_folder(path: Path, output: Path | None) -> Path:
+    """Where a spec's campaign lies: the folder given, else one of its name beside the spec.
+
+    Raises:
+        ConfigError: If the spec cannot be read or has no plain name.
+    """
+    if output is not None:
+        return output
+    try:
+        return path.parent / _plain_name(str(read_yaml(path).get("name", "")))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"name: {error}.") from error
 
 
 def load_campaign(path: Path) -> Campaign:
@@ -318,12 +335,15 @@ class Cell:
     content: dict[str, Any]
     """Everything that its result depends on, as plain JSON types."""
 
-    @property
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the content."""
         return hashlib.sha256(canonical(self.content).encode()).hexdigest()
 
-    @property
+    @functools.cached_property
     def folder_name(self) -> str:
         """Readable beginning, unique end."""
         content = self.content

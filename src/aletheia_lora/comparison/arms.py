@@ -90,6 +90,8 @@ class Arm:
     prefix_cache_dir: Path | None = None
     """Keep it here for other runs; None: a temporary folder."""
     prefix_cache_record: dict[str, Any] | None = None
+    gradient_accumulation: int = 1
+    """Micro-batches that a step's rows are cut into: the same step in less memory."""
 
     @property
     def total_seconds(self) -> float:

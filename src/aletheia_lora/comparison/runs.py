@@ -86,7 +86,8 @@ def make_trainer(
     common: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": arm.steps,
-        "per_device_train_batch_size": options.batch_size,
+        "per_device_train_batch_size": options.batch_size // arm.gradient_accumulation,
+        "gradient_accumulation_steps": arm.gradient_accumulation,
         "learning_rate": arm.learning_rate,
         "lr_scheduler_type": "linear" if arm.pace is None else "constant",
         "logging_steps": 1,
