@@ -155,7 +155,7 @@ class Bench:
 
     def parts(self, seed: int) -> Parts:
         """The rows that this seed probes and trains on: disjoint, and from none that are looked at."""
-        probe = self.content["probe_batches"] * self.content["probe_batch_size"]
+        probe = int(self.content["probe_batches"] * self.content["probe_batch_size"])
         parts = split(self.rest, seed=seed, probe=probe, validation=0)
         return replace(parts, train=parts.train[: self.content["train_rows"]])
 
@@ -186,8 +186,7 @@ class Bench:
             }
             write_json(file, record)
 
-        base: dict[str, Any] = read_json(self.shared_file("base", other, write))
-        return base
+        return read_json(self.shared_file("base", other, write))
 
     def other_text(self) -> TokenizedRows | None:
         """The first rows of the other text, if there is one."""
@@ -241,7 +240,7 @@ class Bench:
 
     def steps_in_equal_time(self, plan: Plan, measured: ProbeResult, steps: int) -> int:
         """Steps that fit in the predicted time of ``steps`` steps of uniform LoRA; counted, alike on every machine."""
-        rows, batch_size, rank = len(self.parts(0).train), self.content["batch_size"], self.content["rank"]
+        rows, batch_size, rank = len(self.parts(0).train), int(self.content["batch_size"]), int(self.content["rank"])
         cost = probe_cost(self.found, measured, batch_size, calibrate=False)
         layers, ranks = plan.selection.layers, mean_ranks(self.found, plan.ranks)
         share = cost.share(layers, rank=ranks, uniform_rank=rank)

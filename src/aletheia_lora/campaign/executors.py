@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -38,13 +38,16 @@ Executor = Callable[[Path, Path], Job]
 class LocalJob:
     """A child process of this one, with its own session, log and scratch folder."""
 
+    command: Sequence[str] = (sys.executable, "-m", "aletheia_lora", "campaign", "cell")
+    """Takes the cell's folder and the folder that paths go from."""
+
     def __init__(self, folder: Path, base: Path) -> None:
         scratch = folder / "scratch"
         scratch.mkdir(exist_ok=True)
         self._scratch = scratch
         with (folder / "log.txt").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "aletheia_lora", "campaign", "cell", str(folder.resolve()), str(base.resolve())],
+                [*self.command, str(folder.resolve()), str(base.resolve())],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -27,8 +27,10 @@ from .spec import Cell, cells
 from .status import duration
 
 SAMPLED_ROWS = 64
-RECORD_BYTES, STEP_BYTES = 40_000, 60
-"""Of a cell's folder, with its log: measured on runs of 2 to 48 steps."""
+RECORD_BYTES, STEP_BYTES = 8_000, 60
+"""Of a cell's folder with its log, and of each step in its record; as counted on small campaigns."""
+PROBE_BYTES, PROBE_BATCH_BYTES = 150, 45
+"""Of each module in the file of a probe, and of each batch of it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class _Ground:
         else:
             looks = content["heldout_rows"] * min(content["evaluations"], content["steps"])
             looks += content["other_rows"] if content["other_text"] is not None else 0
-        return content["steps"] * step + looks / content["batch_size"] * forward
+        return float(content["steps"] * step + looks / content["batch_size"] * forward)
 
     def layers(self, cell: Cell) -> list[int]:
         """The layers of a method that reads no scores; of others all, which is the most that they can take."""
@@ -65,7 +67,7 @@ class _Ground:
     def num_bytes(self, cell: Cell) -> float:
         """Of the cell's own folder, and of the frozen layers' output where that is kept."""
         content = cell.content
-        own = RECORD_BYTES + STEP_BYTES * content["steps"]
+        own = float(RECORD_BYTES + STEP_BYTES * content["steps"])
         if not content["prefix_cache"] or content["kind"] == "grid":
             return own
         rows = content["train_rows"] or content["task"]["max_rows"] or 0
@@ -81,23 +83,25 @@ def forecast(spec: Mapping[str, Any], say: Say) -> dict[str, Any]:
                 grounds[model["name"], task["name"]] = _ground(model, task, spec, say)
             except (AletheiaError, ValueError) as error:
                 grounds[model["name"], task["name"]] = " ".join(str(error).split())
-    entries = []
+    entries: list[dict[str, Any]] = []
     for cell in cells(spec):
         ground = grounds[cell.content["model"]["name"], cell.content["task"]["name"]]
-        known = isinstance(ground, _Ground)
         entries.append(
             {
                 "cell": cell.folder_name,
                 "seconds": ground.seconds(cell) if isinstance(ground, _Ground) else None,
                 "bytes": ground.num_bytes(cell) if isinstance(ground, _Ground) else None,
-                "reason": None if known else ground,
+                "reason": ground if isinstance(ground, str) else None,
             }
         )
+    per_module = PROBE_BYTES + PROBE_BATCH_BYTES * spec["probe_batches"]
+    known = [ground for ground in grounds.values() if isinstance(ground, _Ground)]
+    probes = sum(len(ground.found.modules) * per_module * (len(spec["seeds"]) + 1) for ground in known)
     return {
         "name": spec["name"],
         "num_cells": len(entries),
         "seconds": sum(entry["seconds"] or 0.0 for entry in entries),
-        "bytes": sum(entry["bytes"] or 0.0 for entry in entries),
+        "bytes": probes + sum(entry["bytes"] or 0.0 for entry in entries),
         "num_unknown": sum(entry["seconds"] is None for entry in entries),
         "cells": entries,
     }

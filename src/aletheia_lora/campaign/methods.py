@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-HALF = {"percent": 50, "allocation": "uniform"}
+HALF = {"percent": 50.0, "allocation": "uniform"}
 METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"strategy": "all", "allocation": "uniform"},
     "uniform_trainer": {"strategy": "all", "allocation": "uniform", "trainer": "trainer"},
     "paper": {"strategy": "top_percent", **HALF},
-    "paper_asymmetric": {"strategy": "top_percent", "percent": 50, "allocation": "asymmetric"},
+    "paper_asymmetric": {"strategy": "top_percent", "percent": 50.0, "allocation": "asymmetric"},
     "above_median": {"strategy": "above_median", "allocation": "matched"},
     "budget": {"strategy": "budget", "time_budget": 0.7, "allocation": "matched"},
     "last": {"strategy": "last", **HALF},
@@ -43,7 +43,7 @@ class Method(BaseModel):
     name: str = Field(description="Its name in tables.")
     strategy: str = Field(description="What chooses the layers: a key of STRATEGIES.")
     score: str = Field("gradient_norm", description="What scores a layer: a key of SCORES.")
-    percent: float = Field(50, ge=1, le=100, description="Share of layers, for strategies that go by number.")
+    percent: float = Field(50.0, ge=1, le=100, description="Share of layers, for strategies that go by number.")
     num_layers: int | None = Field(None, ge=1, description="Number of layers; caps 'budget'.")
     mass: float = Field(0.8, gt=0, le=1, description="Share of the total score to hold, for 'mass'.")
     time_budget: float = Field(0.7, gt=0, le=1, description="Step time as a share of uniform LoRA's, for 'budget'.")

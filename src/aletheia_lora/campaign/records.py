@@ -188,7 +188,7 @@ class CellFolder:
         file = self.path / "record.json"
         if not file.exists():
             return None
-        record: dict[str, Any] = read_json(file)
+        record = read_json(file)
         digest = record.pop("sha256", None)
         if digest != sha256(canonical(record).encode()).hexdigest() or record.get("cell") != self.cell.digest:
             raise DamagedError(f"{self.path.name}/record.json is damaged. Remove the folder to run the cell again.")
@@ -268,16 +268,19 @@ def _plain(value: Any) -> Any:
     return value.item()
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path) -> dict[str, Any]:
     """The contents of a file that was written whole.
 
     Raises:
-        DamagedError: If it is not JSON.
+        DamagedError: If it is not a JSON object.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DamagedError(f"{file.parent.name}/{file.name} cannot be read: {error}.") from error
+    if not isinstance(found, dict):
+        raise DamagedError(f"{file.parent.name}/{file.name} holds a {type(found).__name__}, expected keys and values.")
+    return found
 
 
 def read_pinned(folder: Path) -> Mapping[str, Any] | None:
@@ -289,8 +292,7 @@ def read_pinned(folder: Path) -> Mapping[str, Any] | None:
     """
     file = folder / "campaign.json"
     if file.exists():
-        pinned: Mapping[str, Any] = read_json(file)
-        return pinned
+        return read_json(file)
     if folder.exists() and (not folder.is_dir() or any(path.name != "driver.lock" for path in folder.iterdir())):
         raise OutputError(f"{str(folder)!r} holds no campaign and is not empty. Choose another --output.")
     return None

@@ -191,7 +191,7 @@ def _checked(values: Mapping[str, Any]) -> Campaign:
     try:
         return Campaign(**values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")  # a wrong key explains most
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = _fields_at(first["loc"][:-1])
@@ -199,7 +199,7 @@ def _checked(values: Mapping[str, Any]) -> Campaign:
         if first["type"] == "missing":
             raise ConfigError(f"{where} is missing: {_description(first['loc'])}") from error
         message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}={str(first.get('input'))[:80]!r}: {message[0].lower()}{message[1:]}.") from error
+        raise ConfigError(f"{where}={repr(first.get('input'))[:80]}: {message[0].lower()}{message[1:]}.") from error
 
 
 def _fields_at(place: Sequence[Any]) -> list[str]:
