@@ -64,6 +64,7 @@ class ForkedJob:
             os.closerange(3, 1024)  # the driver's lock, the pipes of other cells
             end_with_parent()
             os.chdir(base)
+            wait_for_the_gate(folder.parent.parent)
             code = self.run(folder.resolve(), print)
         except BaseException:
             traceback.print_exc()
@@ -119,9 +120,17 @@ def num_records(output):
     return len(list(output.glob("cells/*/record.json")))
 
 
+def wait_for_the_gate(output):
+    """The last two cells wait until all kills were made: a campaign must not end before them."""
+    num_cells = len(list(output.glob("cells/*")))
+    while num_records(output) >= num_cells - 2 and not gate(output).exists():
+        time.sleep(0.005)
+
+
 def calm(output):
     """Undisturbed; gives the seconds."""
     started = time.monotonic()
+    gate(output).touch()
     _, status = os.waitpid(start_driver(output, 1), 0)
     assert status == 0, status
     return time.monotonic() - started
@@ -149,7 +158,13 @@ def killed(output, num_kills, seed, cell_seconds, num_cells):
                 os.kill(victim, signal.SIGKILL)
                 hits["driver" if victim == driver else "cell"] += 1
                 due.pop(0)
+        if not due and not gate(output).exists():
+            gate(output).touch()
         time.sleep(0.001)
+
+
+def gate(output):
+    return output.with_suffix(".gate")
 
 
 def main():
