@@ -20,10 +20,12 @@ from aletheia_lora.errors import AletheiaError, ConfigError, OutputError
 BUDGET = Budget(machine_faults=3, first_pause=0.0)
 
 
-class ChildJob(LocalJob):
-    """Runs the stand-in instead of a cell."""
+COMMAND = (sys.executable, str(Path(child.__file__)))
+"""Runs the stand-in instead of a cell."""
 
-    command = (sys.executable, str(Path(child.__file__)))
+
+def local(folder, base):
+    return LocalJob(folder, base, COMMAND)
 
 
 def spec(*seeds, **changed):
@@ -62,7 +64,7 @@ def campaign(tmp_path):
     """Runs a campaign of stand-ins; gives the place of each seed's cell."""
 
     def run(made, **options):
-        options = {"executor": ChildJob, "workers": 2, "budget": BUDGET, **options}
+        options = {"executor": local, "workers": 2, "budget": BUDGET, **options}
         run_campaign(made, tmp_path / "small", tmp_path, **options)
         return places(made, tmp_path / "small")
 
@@ -140,7 +142,7 @@ def test_an_interrupted_driver_stops_its_cells_and_the_next_one_goes_on(campaign
 def test_a_cell_ends_with_its_driver(tmp_path):
     (place,) = places(spec(child.ENDLESS), tmp_path)
     place.make()
-    job = ChildJob(place.path, tmp_path)
+    job = local(place.path, tmp_path)
     while not place.is_locked():
         time.sleep(0.01)
     job._process.stdin.close()  # what the end of this process would do
@@ -182,7 +184,7 @@ def test_the_folder_of_another_campaign_or_of_something_else_is_refused(campaign
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("x")
     with pytest.raises(OutputError, match="holds no campaign"):
-        run_campaign(spec(child.DONE), tmp_path / "thesis", tmp_path, executor=ChildJob)
+        run_campaign(spec(child.DONE), tmp_path / "thesis", tmp_path, executor=local)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
     with pytest.raises(ConfigError, match="workers=0"):
         campaign(spec(child.DONE), workers=0)

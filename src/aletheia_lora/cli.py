@@ -252,7 +252,7 @@ def campaign_run(
     spec: _Spec,
     output: _Output = None,
     workers: Annotated[int, typer.Option(help="Cells at a time.")] = 1,
-    executor: Annotated[str, typer.Option(help="Where cells run: local.")] = "local",
+    executor: Annotated[str, typer.Option(help="Where cells run: local, or ray.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells with predicted time and disk.")] = False,
     accept_change: Annotated[bool, typer.Option("--accept-change", help="Go on with a spec that changed.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what ended badly.")] = False,

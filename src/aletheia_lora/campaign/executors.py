@@ -15,10 +15,17 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from ..errors import ConfigError
 
 EXIT_MACHINE, EXIT_MEMORY = 75, 76
 """How a child ends without a record: the machine failed it, or memory was short."""
+
+CELL = (sys.executable, "-m", "aletheia_lora", "campaign", "cell")
+"""The command of an attempt; it is given the cell's folder and the folder that paths go from."""
+STOP_SECONDS = 30.0
+"""Longest wait for a worker to end."""
 
 
 class Job(Protocol):
@@ -38,16 +45,13 @@ Executor = Callable[[Path, Path], Job]
 class LocalJob:
     """A child process of this one, with its own session, log and scratch folder."""
 
-    command: Sequence[str] = (sys.executable, "-m", "aletheia_lora", "campaign", "cell")
-    """Takes the cell's folder and the folder that paths go from."""
-
-    def __init__(self, folder: Path, base: Path) -> None:
+    def __init__(self, folder: Path, base: Path, command: Sequence[str] = CELL) -> None:
         scratch = folder / "scratch"
         scratch.mkdir(exist_ok=True)
         self._scratch = scratch
         with (folder / "log.txt").open("ab") as log:
             self._process = subprocess.Popen(
-                [*self.command, str(folder.resolve()), str(base.resolve())],
+                [*command, str(folder.resolve()), str(base.resolve())],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -97,5 +101,62 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-EXECUTORS: dict[str, Callable[[], Executor]] = {"local": lambda: LocalJob}
+# --- Ray --------------------------------------------------------------------------------------------------------
+
+
+class RayJob:
+    """A task on a Ray cluster, whose worker starts the command and waits for it."""
+
+    def __init__(self, task: Any, folder: Path, base: Path, command: Sequence[str]) -> None:
+        import ray
+
+        self._ray = ray
+        self._result = task.remote(str(folder.resolve()), str(base.resolve()), tuple(command))
+
+    def poll(self) -> int | None:
+        """Exit code of the command; a worker that is gone counts as killed."""
+        ready, _ = self._ray.wait([self._result], timeout=0)
+        if not ready:
+            return None
+        errors = self._ray.exceptions
+        try:
+            return int(self._ray.get(self._result))
+        except errors.OutOfMemoryError:
+            return EXIT_MEMORY
+        except errors.RayTaskError:
+            raise  # the command could not even be started: that is no cell's fault
+        except errors.RayError:
+            return -signal.SIGKILL
+
+    def stop(self) -> None:
+        """End the worker, and with it the command."""
+        self._ray.cancel(self._result, force=True)
+        self._ray.wait([self._result], timeout=STOP_SECONDS)
+
+
+def ray_executor(command: Sequence[str] = CELL) -> Executor:
+    """Cells as tasks on the Ray cluster of $RAY_ADDRESS, or on this machine; one GPU for each where there are any.
+
+    The campaign's folder has to be one that all machines of the cluster see. Ray itself tries nothing again.
+
+    Raises:
+        ConfigError: If Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("Ray is not installed. Get it with `pip install aletheia-lora[ray]`.") from error
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=0)(_attempt)
+    return lambda folder, base: RayJob(task, folder, base, command)
+
+
+def _attempt(folder: str, base: str, command: Sequence[str]) -> int:
+    """What a worker does."""
+    return LocalJob(Path(folder), Path(base), command).wait()
+
+
+EXECUTORS: dict[str, Callable[[], Executor]] = {"local": lambda: LocalJob, "ray": ray_executor}
 """Makes an executor, by name."""
