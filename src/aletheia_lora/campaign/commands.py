@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from ..errors import ConfigError, nearest
@@ -39,6 +40,7 @@ def run(
     *,
     workers: int,
     executor: str,
+    executor_options: Sequence[str],
     accept_change: bool,
     retry_failed: bool,
     say: Say,
@@ -55,7 +57,7 @@ def run(
         resolved(load_campaign(path), path.parent),
         folder,
         path.parent,
-        executor=EXECUTORS[executor](),
+        executor=EXECUTORS[executor](_options(executor_options)),
         workers=workers,
         accept_change=accept_change,
         retry_failed=retry_failed,
@@ -87,6 +89,17 @@ def report_of(path: Path, output: Path | None) -> dict[str, Any]:
     folder = campaign_folder(path, output)
     text = write_report(folder)
     return {**tables(folder), "text": text}
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` as a mapping; values are read as YAML, so that 1 is a number."""
+    options = {}
+    for entry in given:
+        key, equals, value = entry.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"executor option {entry!r}, expected key=value, e.g. num_gpus=1.")
+        options[key] = yaml.safe_load(value)
+    return options
 
 
 @contextlib.contextmanager

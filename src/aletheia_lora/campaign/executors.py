@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -134,10 +135,14 @@ class RayJob:
         self._ray.wait([self._result], timeout=STOP_SECONDS)
 
 
-def ray_executor(command: Sequence[str] = CELL) -> Executor:
-    """Cells as tasks on the Ray cluster of $RAY_ADDRESS, or on this machine; one GPU for each where there are any.
+def ray_executor(options: Mapping[str, Any], command: Sequence[str] = CELL) -> Executor:
+    """Cells as tasks on the Ray cluster of $RAY_ADDRESS, or on this machine.
 
     The campaign's folder has to be one that all machines of the cluster see. Ray itself tries nothing again.
+
+    Args:
+        options: Of ``ray.remote``; by default one processor, and one GPU where there are any.
+        command: What a worker starts.
 
     Raises:
         ConfigError: If Ray is not installed.
@@ -148,8 +153,8 @@ def ray_executor(command: Sequence[str] = CELL) -> Executor:
         raise ConfigError("Ray is not installed. Get it with `pip install aletheia-lora[ray]`.") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    num_gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=0)(_attempt)
+    needs = {"num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU") else 0}
+    task = ray.remote(**{**needs, **options, "max_retries": 0})(_attempt)
     return lambda folder, base: RayJob(task, folder, base, command)
 
 
@@ -158,5 +163,76 @@ def _attempt(folder: str, base: str, command: Sequence[str]) -> int:
     return LocalJob(Path(folder), Path(base), command).wait()
 
 
-EXECUTORS: dict[str, Callable[[], Executor]] = {"local": lambda: LocalJob, "ray": ray_executor}
-"""Makes an executor, by name."""
+# --- Slurm ------------------------------------------------------------------------------------------------------
+
+
+class SlurmJob:
+    """A job that submitit handed to Slurm; it goes on when the driver ends, and the next driver waits for it."""
+
+    def __init__(self, job: Any) -> None:
+        self._job = job
+
+    def poll(self) -> int | None:
+        """Exit code of the command; a job that Slurm ended counts as killed."""
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+
+        if not self._job.done():
+            return None
+        try:
+            return int(self._job.result())
+        except FailedJobError:
+            raise  # the command could not even be started: that is no cell's fault
+        except UncompletedJobError:
+            return EXIT_MEMORY if "MEMORY" in str(self._job.state) else -signal.SIGKILL
+
+    def stop(self) -> None:
+        """Cancel it."""
+        self._job.cancel(check=False)
+        ends = time.monotonic() + STOP_SECONDS
+        while not self._job.done() and time.monotonic() < ends:
+            time.sleep(0.1)
+
+
+def slurm_executor(options: Mapping[str, Any], command: Sequence[str] = CELL) -> Executor:
+    """Cells as jobs of a Slurm cluster, whose nodes see the campaign's folder.
+
+    Args:
+        options: Of submitit's ``AutoExecutor.update_parameters``, e.g. ``slurm_partition``, ``gpus_per_node``,
+            ``timeout_min`` (a day if left out); ``cluster: local`` runs the jobs on this machine.
+        command: What a job starts.
+
+    Raises:
+        ConfigError: If submitit is not installed.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise ConfigError("submitit is not installed. Get it with `pip install aletheia-lora[slurm]`.") from error
+    given = {"timeout_min": 24 * 60, **options}
+    cluster = given.pop("cluster", None)
+
+    def start(folder: Path, base: Path) -> SlurmJob:
+        executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=cluster)
+        executor.update_parameters(name=folder.name[:60], **given)
+        return SlurmJob(executor.submit(_attempt, str(folder.resolve()), str(base.resolve()), tuple(command)))
+
+    return start
+
+
+def local_executor(options: Mapping[str, Any], command: Sequence[str] = CELL) -> Executor:
+    """Cells as child processes of this one.
+
+    Raises:
+        ConfigError: If there are options: it has none.
+    """
+    if options:
+        raise ConfigError(f"the executor 'local' has no options, got {', '.join(options)}. Leave them out.")
+    return lambda folder, base: LocalJob(folder, base, command)
+
+
+EXECUTORS: dict[str, Callable[[Mapping[str, Any]], Executor]] = {
+    "local": local_executor,
+    "ray": ray_executor,
+    "slurm": slurm_executor,
+}
+"""Makes an executor from its options, by name."""
