@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 import campaign_child as child
+from aletheia_lora.campaign.commands import shown_live
 from aletheia_lora.campaign.executors import local_executor
-from aletheia_lora.campaign.records import CellFolder, LockedError
+from aletheia_lora.campaign.records import CellFolder, LockedError, chosen_rate
 from aletheia_lora.campaign.report import csv_text, tables, write_report
 from aletheia_lora.campaign.runner import Budget, driver_lock, run_campaign
 from aletheia_lora.campaign.spec import cells
 from aletheia_lora.campaign.status import status, status_text
 from aletheia_lora.errors import AletheiaError, ConfigError, OutputError
+from aletheia_lora.files import write_json
 
 BUDGET = Budget(machine_faults=3, first_pause=0.0)
 
@@ -148,6 +150,31 @@ def test_a_cell_ends_with_its_driver(tmp_path):
     assert job.wait() == -signal.SIGKILL
 
 
+def test_a_kill_by_the_kernel_for_memory_is_no_fault_of_the_machine(campaign, monkeypatch):
+    counts = iter(range(100))
+    monkeypatch.setattr("aletheia_lora.campaign.runner.oom_kills", lambda: next(counts))
+    (place,) = campaign(spec(child.KILLED_ONCE, batch_size=3))
+    assert place.state() == ("oom", "out of memory with 3 rows at a time")  # 3 rows cannot be halved
+
+
+def test_a_process_that_cannot_be_started_ends_the_driver_and_nothing_is_lost(campaign, tmp_path):
+    def start(_folder, _base):
+        raise OSError(12, "Cannot allocate memory")
+
+    with pytest.raises(OutputError, match=r"Cannot allocate memory\. Nothing is lost"):
+        campaign(spec(child.DONE), executor=start)
+    (place,) = campaign(spec(child.DONE))
+    assert place.state() == ("done", None)
+
+
+def test_a_campaign_runs_outside_the_main_thread(campaign):
+    thread = threading.Thread(target=campaign, args=(spec(child.DONE),))
+    thread.start()
+    thread.join()
+    (place,) = campaign(spec(child.DONE))
+    assert place.record()["attempts"] == 1
+
+
 def test_a_full_disk_starts_nothing_and_loses_nothing(campaign, monkeypatch):
     monkeypatch.setattr("aletheia_lora.campaign.runner.FREE_BYTES", 1 << 60)
     with pytest.raises(OutputError, match="make room and run the campaign again"):
@@ -218,6 +245,41 @@ def test_a_run_whose_grid_changed_afterwards_is_in_no_mean(campaign, tmp_path):
     assert (run["state"], method["n"], method["gaps"]) == ("invalid", 0, "1 invalid")
 
 
+def test_a_grid_that_was_opened_again_is_waited_for_and_its_runs_are_in_no_mean(campaign, tmp_path):
+    made = spec(child.DONE, learning_rates=[1e-3, 1e-2])
+    low, high, run = places(made, tmp_path / "small")
+    for place in (low, high, run):
+        place.make()
+    low.finish("done", validation_loss=3.0)
+    high.finish("failed", "gave up")
+    rate, grid = chosen_rate(run)
+    assert (rate, [entry["state"] for entry in grid]) == (1e-3, ["done", "failed"])
+    run.finish("done", heldout_loss=2.0, learning_rate=rate, grid=grid, layers=[0])
+    write_json(tmp_path / "small" / "campaign.json", made)
+    assert tables(tmp_path / "small")["methods"][0]["n"] == 1
+    high.retry()
+    assert tables(tmp_path / "small")["methods"][0]["gaps"] == "1 invalid"
+
+
+def test_a_run_whose_whole_grid_failed_fails_with_its_reason_and_starts_nothing(campaign, tmp_path):
+    made = spec(child.DONE, learning_rates=[1e-3, 1e-2])
+    low, high, run = places(made, tmp_path / "small")
+    for place in (low, high):
+        place.make()
+        place.finish("failed", "ValueError: no such column")
+    write_json(tmp_path / "small" / "campaign.json", made)
+    campaign(made)
+    assert run.state() == ("failed", "no learning rate of the grid ended well; the first: ValueError: no such column")
+    assert run.record()["attempts"] == 0
+
+
+def test_a_live_status_ends_with_the_campaign(campaign, tmp_path, capsys):
+    (tmp_path / "spec.yaml").write_text("name: small")
+    campaign(spec(child.DONE))
+    assert shown_live(tmp_path / "spec.yaml", None) is False
+    assert "small: 1 cells, 1 done; nothing left to do" in capsys.readouterr().out
+
+
 def test_the_status_counts_states_and_says_what_is_left(campaign, tmp_path):
     made = spec(child.DONE, child.RAISES)
     campaign(made)
@@ -225,15 +287,8 @@ def test_the_status_counts_states_and_says_what_is_left(campaign, tmp_path):
     assert record["states"] == {"failed": 1, "done": 1} and record["seconds_left"] == 0
     assert "nothing left to do" in status_text(record) and "ValueError: always" in status_text(record)
     more = spec(child.DONE, child.RAISES, child.ENDLESS, child.MEMORY)
-    for place in places(more, tmp_path / "small"):
-        place.make()
-    (tmp_path / "small" / "campaign.json").unlink()
+    write_json(tmp_path / "small" / "campaign.json", more)
     with driver_lock(tmp_path / "small"):
-        from aletheia_lora.campaign.runner import pin
-
-        (tmp_path / "small" / "cells").rename(tmp_path / "cells")
-        pin(more, tmp_path / "small", accept_change=False)
-        (tmp_path / "cells").rename(tmp_path / "small" / "cells")
         record = status(tmp_path / "small")
     assert record["states"] == {"planned": 2, "failed": 1, "done": 1}
     assert record["seconds_left"] == pytest.approx(1.0)

@@ -284,7 +284,17 @@ def _outcome(folder: CellFolder, say: Say) -> tuple[str, str | None, dict[str, A
 def _grid(bench: Bench, say: Say) -> dict[str, Any]:
     """A short run at one rate, looked at on the validation rows alone."""
     rate, steps = bench.content["learning_rate"], bench.content["steps"]
-    _, result = _trained(bench, rate, steps, GRID_SEED, 0, "steps", bench.validation, 1, say)
+    _, result = _trained(
+        bench,
+        learning_rate=rate,
+        steps=steps,
+        seed=GRID_SEED,
+        draw=0,
+        match="steps",
+        looked_at=bench.validation,
+        evaluations=1,
+        say=say,
+    )
     return {**result, "validation_loss": result["heldout"][-1]["loss"]}
 
 
@@ -295,14 +305,14 @@ def _run(bench: Bench, folder: CellFolder, say: Say) -> dict[str, Any]:
     rate, grid = chosen_rate(folder)
     adapted, result = _trained(
         bench,
-        rate,
-        content["steps"],
-        content["seed"],
-        content["draw"],
-        content["match"],
-        bench.held_out,
-        content["evaluations"],
-        say,
+        learning_rate=rate,
+        steps=content["steps"],
+        seed=content["seed"],
+        draw=content["draw"],
+        match=content["match"],
+        looked_at=bench.held_out,
+        evaluations=content["evaluations"],
+        say=say,
     )
     other = bench.other_text()
     result["checks"]["rows"] = base["rows_digest"] == bench.rows_digest and all(
@@ -321,6 +331,7 @@ def _run(bench: Bench, folder: CellFolder, say: Say) -> dict[str, Any]:
 
 def _trained(
     bench: Bench,
+    *,
     learning_rate: float,
     steps: int,
     seed: int,

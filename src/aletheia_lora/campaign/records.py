@@ -302,7 +302,7 @@ def chosen_rate(folder: CellFolder) -> tuple[float, list[dict[str, Any]]]:
     """The rate of the grid with the lowest validation loss, and the whole grid.
 
     Raises:
-        AletheiaError: If no run of the grid ended well.
+        AletheiaError: If no run of the grid ended well, or one has not ended yet.
     """
     grid = list(_grid_entries(folder))
     if not grid:
@@ -317,7 +317,7 @@ def _grid_entries(folder: CellFolder) -> Iterator[dict[str, Any]]:
     for cell in grid_of(folder.cell):
         record = CellFolder(folder.path.parent / cell.folder_name, cell).record()
         if record is None:
-            raise DamagedError(f"{cell.folder_name} of the grid has no record yet. Run the campaign, not the cell.")
+            raise AletheiaError(f"{cell.folder_name} of the grid has no record yet. Run the campaign first.")
         yield {
             "learning_rate": cell.content["learning_rate"],
             "state": record["state"],

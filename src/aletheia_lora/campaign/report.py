@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from ..errors import AletheiaError
 from ..files import write_bytes
-from .records import CellFolder, chosen_rate
+from .records import CellFolder, DamagedError, chosen_rate
 from .spec import cells
 from .status import pinned_spec
 
@@ -50,7 +51,7 @@ def _run(place: CellFolder) -> Row:
     state, reason = place.state()
     record = place.record()
     result = {} if record is None else record["result"]
-    if state == "done" and chosen_rate(place) != (result["learning_rate"], result["grid"]):
+    if state == "done" and not _rate_stands(place, result):
         state, reason = "invalid", "its grid of learning rates changed after it ran"
     values = {key: result.get(key) for name in MEASURES for key in (f"base_{name}", name)}
     return {
@@ -62,6 +63,16 @@ def _run(place: CellFolder) -> Row:
         **values,
         "reason": reason,
     }
+
+
+def _rate_stands(place: CellFolder, result: Mapping[str, Any]) -> bool:
+    """True while the grid is the one that the run chose from."""
+    try:
+        return chosen_rate(place) == (result["learning_rate"], result["grid"])
+    except DamagedError:
+        raise
+    except AletheiaError:
+        return False
 
 
 def _methods(runs: Sequence[Row]) -> list[Row]:

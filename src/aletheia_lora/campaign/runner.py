@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,8 +123,7 @@ class Driver:
             if place.record() is None:
                 self._note_what_was_cut_off(place)
                 self.waiting[cell] = 0.0
-        say_left = len(self.waiting)
-        self.say(f"{say_left} of {len(wanted)} cells to run, {self.workers} at a time")
+        self.say(f"{len(self.waiting)} of {len(wanted)} cells to run, {self.workers} at a time")
         try:
             while self.waiting or self.jobs:
                 for cell in [cell for cell, job in self.jobs.items() if job.poll() is not None]:
@@ -157,7 +157,16 @@ class Driver:
             del self.waiting[cell]
             if place.record() is None:
                 self._note_what_was_cut_off(place)
-                self.jobs[cell] = self.executor(place.path, self.base)
+                self.jobs[cell] = self._job(place)
+
+    def _job(self, place: CellFolder) -> Job:
+        try:
+            return self.executor(place.path, self.base)
+        except OSError as error:
+            raise OutputError(
+                f"cannot start {place.path.name!r}: {error.strerror or error}. Nothing is lost: see to it and run the "
+                "campaign again."
+            ) from error
 
     def _has_its_rate(self, place: CellFolder) -> bool:
         """True when the grid of this run is there; a run whose grid failed throughout fails here, with its reason."""
@@ -195,9 +204,9 @@ class Driver:
 
     def _without_record(self, place: CellFolder, code: int) -> float | None:
         """Note why there is no record; gives the pause before the next attempt, None if there will be none."""
-        kills, self.oom_kills = oom_kills() - self.oom_kills, oom_kills()
+        before, self.oom_kills = self.oom_kills, oom_kills()
         batch_size = int(place.cell.content["batch_size"])
-        if code == EXIT_MEMORY or (code == -signal.SIGKILL and kills > 0):
+        if code == EXIT_MEMORY or (code == -signal.SIGKILL and self.oom_kills > before):
             place.append("attempt_ended", cause="memory", code=code, reason="out of memory")
             count = faults(place.events(), "memory")
             if count <= self.budget.memory_faults and batch_size % 2**count == 0:
@@ -278,7 +287,10 @@ def run_campaign(
 
 @contextlib.contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP mean what Ctrl-C means."""
+    """SIGTERM and SIGHUP mean what Ctrl-C means, in the main thread, which alone is told of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
