@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -241,20 +242,29 @@ def test_the_command_says_what_is_wrong_and_what_there_is(ground, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_the_command_runs_a_campaign_in_processes_of_its_own(ground):
+def test_the_command_runs_a_campaign_in_processes_of_its_own_and_goes_on_after_a_kill(ground):
     whole = {**VALUES, "name": "whole", "models": ["tiny-llama", "no/model"]}
     (ground / "whole.yaml").write_text(yaml.safe_dump(whole))
+    environment = {**os.environ, "PYTHONPATH": str(Path(cell_room.__file__).parents[2])}
 
-    def aletheia(*arguments):
+    def start(*arguments):
         command = [sys.executable, "-m", "aletheia_lora", "campaign", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(Path(cell_room.__file__).parents[2])}
-        return subprocess.run(command, cwd=ground, env=environment, capture_output=True, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=ground, env=environment, **pipes)
 
-    done = aletheia("run", "whole.yaml", "--workers", "2", "--json")
-    assert done.returncode == 3, done.stderr
-    assert json.loads(done.stdout)["states"] == {"failed": 1, "done": 1}
-    assert aletheia("status", "whole.yaml").stdout.startswith("whole: 2 cells, 1 failed, 1 done; nothing left to do")
-    assert "1 of 2 runs ended well" in aletheia("report", "whole.yaml").stdout
-    assert {"report.md", "runs.csv", "methods.csv", "grid.csv", "times.csv"} <= {
-        path.name for path in (ground / "whole").iterdir()
-    }
+    driver = start("run", "whole.yaml", "--workers", "2")
+    folder = ground / "whole"
+    while not list(folder.glob("cells/*/events.jsonl")):
+        assert driver.poll() is None, driver.stderr.read()
+        time.sleep(0.02)
+    driver.kill()
+    driver.communicate()
+
+    again = start("run", "whole.yaml", "--workers", "2", "--json")
+    printed, said = again.communicate()
+    assert again.returncode == 3, said
+    assert json.loads(printed)["states"] == {"failed": 1, "done": 1}
+    status = start("status", "whole.yaml").communicate()[0]
+    assert status.startswith("whole: 2 cells, 1 failed, 1 done; nothing left to do")
+    assert "1 of 2 runs ended well" in start("report", "whole.yaml").communicate()[0]
+    assert {"report.md", "runs.csv", "methods.csv", "grid.csv", "times.csv"} <= {path.name for path in folder.iterdir()}
