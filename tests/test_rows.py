@@ -65,6 +65,14 @@ def test_a_hub_id_asks_for_its_config_and_split(monkeypatch: pytest.MonkeyPatch)
     assert asked == [("owner/name", None, "train"), ("owner/name", "main", "test")]
 
 
+def test_lines_of_plain_text_are_rows_and_blank_ones_are_not(tmp_path: Path) -> None:
+    content = " = Title = \n \n\nOne line\u2028of text , with \u00e9 .\r\n"
+    assert load_rows(written(tmp_path, "text.txt", content)) == [
+        {"text": "= Title ="},
+        {"text": "One line\u2028of text , with \u00e9 ."},
+    ]
+
+
 def test_a_hub_failure_says_what_was_asked_and_what_else_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(path: str, name: str | None, *, split: str) -> datasets.Dataset:
         raise ConnectionError("no network")
@@ -101,7 +109,8 @@ def test_a_missing_file_is_not_taken_for_a_hub_id(source: str | Path) -> None:
         ("rows.csv", "a,b\n1,2\n1,2,3\n", r"row 2 of .* has 3 cells, expected 2 as in the header"),
         ("rows.csv", 'a,b\n"x"y,2\n', r"is not valid CSV near line 2"),
         ("rows.parquet", "PAR0", r"is not a readable Parquet file"),
-        ("rows.txt", "hello", r"is not one of .jsonl, .json, .parquet, .csv"),
+        ("rows.txt", " \n\n", r"has no rows"),
+        ("rows.doc", "hello", r"is not one of .jsonl, .json, .parquet, .csv, .txt"),
     ],
 )
 def test_a_broken_file_says_what_and_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -281,3 +282,87 @@ def demo(
     if not as_json:
         _show_compare(record)
     print(json_text({**record["summary"], "page": record["page"]}))
+
+
+# --- campaigns --------------------------------------------------------------------------------------------------------
+
+campaign = typer.Typer(no_args_is_help=True, help="Many runs from one file: interrupted, resumed, never counted twice.")
+app.add_typer(campaign, name="campaign")
+_Spec = Annotated[Path, typer.Argument(help="The campaign's YAML file.")]
+_Output = Annotated[Path | None, typer.Option(help="Its folder; one of its name beside the file if left out.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+
+
+@campaign.command("run")
+def campaign_run(
+    spec: _Spec,
+    output: _Output = None,
+    workers: Annotated[int, typer.Option(help="Cells at a time.")] = 1,
+    executor: Annotated[str, typer.Option(help="Where cells run: local, ray or slurm.")] = "local",
+    executor_option: Annotated[list[str] | None, typer.Option(help="For it, as key=value; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells with predicted time and disk.")] = False,
+    accept_change: Annotated[bool, typer.Option("--accept-change", help="Go on with a spec that changed.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what ended badly.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Run every cell that has no record yet; exit code 3 if some did not end well."""
+    from .campaign import commands
+
+    if dry_run:
+        record = commands.preview(spec, _say)
+    else:
+        record = commands.run(
+            spec,
+            output,
+            workers=workers,
+            executor=executor,
+            executor_options=executor_option or [],
+            accept_change=accept_change,
+            retry_failed=retry_failed,
+            say=_say,
+        )
+    _show_campaign(record, as_json)
+    if not dry_run and set(record["states"]) != {"done"}:
+        raise typer.Exit(3)
+
+
+@campaign.command("status")
+def campaign_status(
+    spec: _Spec,
+    output: _Output = None,
+    live: Annotated[bool, typer.Option("--live", help="Show it anew every two seconds.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """How far a campaign is, and the time left; also while it runs."""
+    from .campaign import commands
+
+    while live and commands.shown_live(spec, output):
+        pass
+    if not live:
+        _show_campaign(commands.status_of(spec, output), as_json)
+
+
+@campaign.command("report")
+def campaign_report(spec: _Spec, output: _Output = None, as_json: _Json = False) -> None:
+    """Tables of all runs, from the records alone; written into the campaign's folder, too."""
+    from .campaign import commands
+
+    _show_campaign(commands.report_of(spec, output), as_json)
+
+
+@campaign.command("cell", hidden=True)
+def campaign_cell(folder: Path, base: Path) -> None:
+    """One attempt at a cell, in the process of its own that a driver starts."""
+    from .campaign.executors import end_with_parent
+
+    end_with_parent()
+    os.chdir(base)
+    from .campaign.cell import run_cell  # late: it loads torch
+
+    raise typer.Exit(run_cell(folder, _say))
+
+
+def _show_campaign(record: dict[str, Any], as_json: bool) -> None:
+    from .files import json_text
+
+    print(json_text({key: value for key, value in record.items() if key != "text"}) if as_json else record["text"])

@@ -20,7 +20,8 @@ def load_rows(source: Any, *, split: str | None = None) -> list[dict[str, Any]]:
     """Read rows from wherever they are.
 
     Args:
-        source: A .jsonl, .json, .parquet or .csv file; a hub id (``name`` or ``name:config``); a
+        source: A .jsonl, .json, .parquet or .csv file; a .txt file, whose lines that are not blank become rows with the
+            column ``text``; a hub id (``name`` or ``name:config``); a
             ``datasets.Dataset``; or a sequence of dicts. Cells of a csv file are text.
         split: Split of a hub data set, ``train`` if left out. Files and sequences have none.
 
@@ -98,6 +99,12 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                 yield row
 
 
+def _read_text(path: Path) -> Iterator[dict[str, str]]:
+    for line in _decoded(path.read_bytes(), path).split("\n"):
+        if line.strip():
+            yield {"text": line.strip()}
+
+
 def _read_json(path: Path) -> list[Any]:
     rows = _parsed(_decoded(path.read_bytes(), path), repr(str(path)))
     if isinstance(rows, list):
@@ -138,6 +145,7 @@ READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".txt": _read_text,
 }
 
 
@@ -148,7 +156,7 @@ def _load_hub(name: str, split: str) -> Iterable[Any]:
     try:
         rows: Iterable[Any] = datasets.load_dataset(path, config or None, split=split)
     except Exception as error:  # the hub client raises from many libraries
-        advice = "Check name, config (as name:config) and split, or give a local .jsonl, .json, .parquet or .csv file."
+        advice = f"Check name, config (as name:config) and split, or give a local file ({', '.join(READERS)})."
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"cannot load split {split!r} of {name!r}: {reason}. {advice}") from error
     return rows

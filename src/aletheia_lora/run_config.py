@@ -168,21 +168,26 @@ def resolve(path: Path | None, flags: Mapping[str, Any]) -> RunConfig:
         ConfigError: If the file cannot be read, is not a mapping, or has an unknown or ill-typed key; names the
             nearest right key.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(
-                f"{str(path)!r} holds a {type(loaded).__name__}, expected keys and values, e.g. `steps: 40`."
-            )
-        values.update(loaded or {})
+    values = {} if path is None else read_yaml(path)
     values.update({key: value for key, value in flags.items() if value is not None})
     return configuration(values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; none for an empty file.
+
+    Raises:
+        ConfigError: If the file cannot be read, is not YAML or not a mapping, or gives a key twice.
+    """
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{str(path)!r} holds a {type(loaded).__name__}, expected keys and values, e.g. `steps: 40`.")
+    return loaded or {}
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,11 @@ class Arm:
     """True when nothing more will come, also after a failure."""
     prefix_cache: bool = False
     """Keep what the layers below the lowest adapted one compute, and replay it in later epochs; our trainer only."""
+    prefix_cache_dir: Path | None = None
+    """Keep it here for other runs; None: a temporary folder."""
     prefix_cache_record: dict[str, Any] | None = None
+    gradient_accumulation: int = 1
+    """Micro-batches that a step's rows are cut into: the same step in less memory."""
 
     @property
     def total_seconds(self) -> float:

@@ -63,7 +63,7 @@ def compare(
             f"{len(train)} training rows are fewer than a batch of {options.batch_size}. Add rows or lower batch_size."
         )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    held_out = _all_batches(validation, options.batch_size, pad)
+    held_out = all_batches(validation, options.batch_size, pad)
     base_loss = heldout_loss(model, held_out)
     say(f"held-out loss before training {base_loss:.4f} ({len(validation)} rows)")
     arms = planned_arms(plan, options)
@@ -83,7 +83,7 @@ def compare(
     return make_record(plan, options, arms, base_loss, model_name, data_name, train, validation)
 
 
-def _all_batches(rows: TokenizedRows, batch_size: int, pad: int) -> list[dict[str, Tensor]]:
+def all_batches(rows: TokenizedRows, batch_size: int, pad: int) -> list[dict[str, Tensor]]:
     """Every row, shortest first so that little is padded; the last batch may be smaller."""
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
     return list(batches(ordered, min(batch_size, len(ordered)), pad))

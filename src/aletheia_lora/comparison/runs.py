@@ -88,7 +88,8 @@ def make_trainer(
     common: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": arm.steps,
-        "per_device_train_batch_size": options.batch_size,
+        "per_device_train_batch_size": options.batch_size // arm.gradient_accumulation,
+        "gradient_accumulation_steps": arm.gradient_accumulation,
         "learning_rate": arm.learning_rate,
         "lr_scheduler_type": "linear" if arm.pace is None else "constant",
         "logging_steps": 1,
@@ -114,7 +115,7 @@ def make_trainer(
                 plan=arm.plan,
                 train_dataset=rows,
                 processing_class=copy.deepcopy(tokenizer),
-                prefix_cache=PrefixCacheOptions() if arm.prefix_cache else None,
+                prefix_cache=PrefixCacheOptions(folder=arm.prefix_cache_dir) if arm.prefix_cache else None,
             )
         else:
             trainer = trl.SFTTrainer(adapted, args, train_dataset=rows, processing_class=copy.deepcopy(tokenizer))

@@ -1,0 +1,61 @@
+"""A name or a few options -> a :class:`Method`: how a cell of a campaign chooses layers, ranks and trainer.
+
+Reading :data:`METHODS` is reading the table of methods. At the same ``percent`` and rank, the controls train as many
+layers and weights as ``paper``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+HALF = {"percent": 50.0, "allocation": "uniform"}
+METHODS: dict[str, dict[str, Any]] = {
+    "uniform": {"strategy": "all", "allocation": "uniform"},
+    "uniform_trainer": {"strategy": "all", "allocation": "uniform", "trainer": "trainer"},
+    "paper": {"strategy": "top_percent", **HALF},
+    "paper_asymmetric": {"strategy": "top_percent", "percent": 50.0, "allocation": "asymmetric"},
+    "above_median": {"strategy": "above_median", "allocation": "matched"},
+    "budget": {"strategy": "budget", "time_budget": 0.7, "allocation": "matched"},
+    "last": {"strategy": "last", **HALF},
+    "first": {"strategy": "first", **HALF},
+    "middle": {"strategy": "middle", **HALF},
+    "bottom": {"strategy": "bottom", **HALF},
+    "stride": {"strategy": "stride", **HALF},
+    "random": {"strategy": "random", **HALF},
+    "all_matched_params": {"strategy": "all", "allocation": "uniform", "params_of": "paper"},
+    "dora": {"strategy": "all", "allocation": "uniform", "trainer": "trainer", "adapter": "dora"},
+    "adalora": {"strategy": "all", "allocation": "uniform", "trainer": "trainer", "adapter": "adalora"},
+}
+"""``uniform`` runs through our trainer and ``uniform_trainer`` as plain PEFT under transformers' Trainer; DoRA
+(arXiv 2402.09353) and AdaLoRA (arXiv 2303.10512) are PEFT's, on every layer, under transformers' Trainer."""
+
+SCORED = ("top_percent", "above_median", "mass", "budget", "bottom")
+"""Strategies that read scores."""
+
+
+class Method(BaseModel):
+    """How a cell chooses what to train; the words are those of a plan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str = Field(description="Its name in tables.")
+    strategy: str = Field(description="What chooses the layers: a key of STRATEGIES.")
+    score: str = Field("gradient_norm", description="What scores a layer: a key of SCORES.")
+    percent: float = Field(50.0, ge=1, le=100, description="Share of layers, for strategies that go by number.")
+    num_layers: int | None = Field(None, ge=1, description="Number of layers; caps 'budget'.")
+    mass: float = Field(0.8, gt=0, le=1, description="Share of the total score to hold, for 'mass'.")
+    time_budget: float = Field(0.7, gt=0, le=1, description="Step time as a share of uniform LoRA's, for 'budget'.")
+    allocation: str = Field("matched", description="What gives the ranks: a key of ALLOCATIONS.")
+    params_of: str | None = Field(
+        None, description="A key of METHODS: take the largest rank that trains no more weights than it."
+    )
+    trainer: Literal["aletheia", "trainer"] = Field("aletheia", description="Ours, or transformers' Trainer.")
+    adapter: Literal["lora", "dora", "adalora"] = Field("lora", description="Kind of adapter.")
+    draws: Annotated[int, Field(ge=1)] = Field(1, description="Cells per seed, each with its own random choice.")
+
+    @property
+    def needs_probe(self) -> bool:
+        """True where layers or ranks follow from a measurement on the data, which is then a part of its cost."""
+        return self.strategy in SCORED or self.allocation == "proportional"

@@ -1,0 +1,321 @@
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import campaign_child as child
+from aletheia_lora.campaign.commands import shown_live
+from aletheia_lora.campaign.executors import local_executor
+from aletheia_lora.campaign.records import CellFolder, LockedError, chosen_rate
+from aletheia_lora.campaign.report import csv_text, tables, write_report
+from aletheia_lora.campaign.runner import Budget, driver_lock, run_campaign
+from aletheia_lora.campaign.spec import cells
+from aletheia_lora.campaign.status import status, status_text
+from aletheia_lora.errors import AletheiaError, ConfigError, OutputError
+from aletheia_lora.files import write_json
+
+BUDGET = Budget(machine_faults=3, first_pause=0.0)
+
+
+COMMAND = (sys.executable, str(Path(child.__file__)))
+"""Runs the stand-in instead of a cell."""
+
+
+local = local_executor({}, COMMAND)
+
+
+def spec(*seeds, **changed):
+    """A resolved spec with one run for each seed, and no grid."""
+    method = {"name": "last", "strategy": "last", "adapter": "lora", "draws": 1}
+    return {
+        "name": "small",
+        "models": [{"name": "m", "model": "m"}],
+        "tasks": [{"name": "t", "data": "t"}],
+        "methods": [method],
+        "seeds": list(seeds),
+        "learning_rates": [1e-3],
+        "match": ["steps"],
+        "steps": 4,
+        "grid_steps": 2,
+        "evaluations": 1,
+        "other_text": None,
+        "other_rows": 4,
+        "margins": {"heldout_loss": 0.01},
+        "batch_size": 4,
+        "rank": 4,
+        "alpha_ratio": 2.0,
+        "probe_batches": 2,
+        "probe_batch_size": 1,
+        "train_rows": 8,
+        "validation_rows": 4,
+        "heldout_rows": 4,
+        "prefix_cache": False,
+        "versions": {},
+        **changed,
+    }
+
+
+@pytest.fixture
+def campaign(tmp_path):
+    """Runs a campaign of stand-ins; gives the place of each seed's cell."""
+
+    def run(made, **options):
+        options = {"executor": local, "workers": 2, "budget": BUDGET, **options}
+        run_campaign(made, tmp_path / "small", tmp_path, **options)
+        return places(made, tmp_path / "small")
+
+    return run
+
+
+def places(made, folder):
+    return [CellFolder.of(folder, cell) for cell in cells(made)]
+
+
+def kinds(place):
+    return [event["kind"] for event in place.events()]
+
+
+# --- how attempts end -------------------------------------------------------------------------------------------
+
+
+def test_faults_of_the_machine_are_tried_again_and_those_of_the_program_are_not(campaign):
+    seeds = (
+        child.DONE,
+        child.KILLED_ONCE,
+        child.DISK_FULL,
+        child.MEMORY,
+        child.MEMORY_ONCE,
+        child.SEGFAULT,
+        child.RAISES,
+        child.NO_RECORD,
+    )
+    found = campaign(spec(*seeds))
+    done, killed, full, memory, memory_once, segfault, raises, no_record = found
+    assert [place.state()[0] for place in found] == ["done", "done", "failed", "oom", "done", *["failed"] * 3]
+    assert [place.record()["attempts"] for place in found] == [1, 2, 3, 3, 2, 1, 1, 1]
+    ended = [event["data"] for event in killed.events() if event["kind"] == "attempt_ended"]
+    assert [(event["cause"], event["reason"]) for event in ended] == [("machine", "SIGKILL")]
+    assert "gave up after 3 attempts that the machine ended, the last by no space left" in full.state()[1]
+    assert memory.state()[1] == "out of memory with 1 rows at a time"
+    assert kinds(memory_once).count("attempt_started") == 2
+    assert "SIGSEGV" in segfault.state()[1]
+    assert raises.state()[1] == "ValueError: always"
+    assert "exit code 1): cannot import something" in no_record.state()[1]
+    assert not any((place.path / "scratch").exists() for place in found)
+    assert kinds(done) == ["attempt_started", "finished"]
+
+
+def test_what_ended_is_left_alone_and_what_ended_badly_runs_again_when_asked(campaign):
+    made = spec(child.DONE, child.RAISES)
+    campaign(made)
+    done, raises = campaign(made)
+    assert (done.record()["attempts"], raises.record()["attempts"]) == (1, 1)
+    done, raises = campaign(made, retry_failed=True)
+    assert (done.record()["attempts"], raises.record()["attempts"]) == (1, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_an_interrupted_driver_stops_its_cells_and_the_next_one_goes_on(campaign, tmp_path, number):
+    made = spec(child.ENDLESS)
+    (place,) = places(made, tmp_path / "small")
+
+    def interrupt():
+        while not place.is_locked() or not place.events():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        campaign(made)
+    thread.join()
+    assert not place.is_locked()
+    assert place.state() == ("interrupted", "its driver ended")
+    assert place.events()[-1]["data"]["cause"] == "driver"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_cell_ends_with_its_driver(tmp_path):
+    (place,) = places(spec(child.ENDLESS), tmp_path)
+    place.make()
+    job = local(place.path, tmp_path)
+    while not place.is_locked():
+        time.sleep(0.01)
+    job._process.stdin.close()  # what the end of this process would do
+    assert job.wait() == -signal.SIGKILL
+
+
+def test_a_kill_by_the_kernel_for_memory_is_no_fault_of_the_machine(campaign, monkeypatch):
+    counts = iter(range(100))
+    monkeypatch.setattr("aletheia_lora.campaign.runner.oom_kills", lambda: next(counts))
+    (place,) = campaign(spec(child.KILLED_ONCE, batch_size=3))
+    assert place.state() == ("oom", "out of memory with 3 rows at a time")  # 3 rows cannot be halved
+
+
+def test_a_process_that_cannot_be_started_ends_the_driver_and_nothing_is_lost(campaign, tmp_path):
+    def start(_folder, _base):
+        raise OSError(12, "Cannot allocate memory")
+
+    with pytest.raises(OutputError, match=r"Cannot allocate memory\. Nothing is lost"):
+        campaign(spec(child.DONE), executor=start)
+    (place,) = campaign(spec(child.DONE))
+    assert place.state() == ("done", None)
+
+
+def test_a_campaign_runs_outside_the_main_thread(campaign):
+    thread = threading.Thread(target=campaign, args=(spec(child.DONE),))
+    thread.start()
+    thread.join()
+    (place,) = campaign(spec(child.DONE))
+    assert place.record()["attempts"] == 1
+
+
+def test_a_full_disk_starts_nothing_and_loses_nothing(campaign, monkeypatch):
+    monkeypatch.setattr("aletheia_lora.campaign.runner.FREE_BYTES", 1 << 60)
+    with pytest.raises(OutputError, match="make room and run the campaign again"):
+        campaign(spec(child.DONE))
+    monkeypatch.undo()
+    (place,) = campaign(spec(child.DONE))
+    assert place.record()["attempts"] == 1
+
+
+# --- who may run what -------------------------------------------------------------------------------------------
+
+
+def test_a_second_driver_is_refused_and_named(campaign, tmp_path):
+    with driver_lock(tmp_path / "small"), pytest.raises(LockedError, match=rf"process {os.getpid()} on .* since 20"):
+        campaign(spec(child.DONE))
+    assert not (tmp_path / "small" / "campaign.json").exists()
+
+
+def test_a_changed_spec_is_refused_with_its_diff_and_then_keeps_what_is_the_same(campaign):
+    campaign(spec(child.DONE))
+    with pytest.raises(ConfigError, match=r"margins\.heldout_loss: 0\.01 -> 0\.02.*--accept-change"):
+        campaign(spec(child.DONE, margins={"heldout_loss": 0.02}))
+    changed = spec(child.DONE, child.KILLED_ONCE, margins={"heldout_loss": 0.02})
+    first, _ = campaign(changed, accept_change=True)
+    assert first.record()["attempts"] == 1
+    campaign(changed)
+
+
+def test_the_folder_of_another_campaign_or_of_something_else_is_refused(campaign, tmp_path):
+    campaign(spec(child.DONE))
+    with pytest.raises(ConfigError, match="holds the campaign 'small'"):
+        campaign(spec(child.DONE, name="other"), accept_change=True)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError, match="holds no campaign"):
+        run_campaign(spec(child.DONE), tmp_path / "thesis", tmp_path, executor=local)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+    with pytest.raises(ConfigError, match="workers=0"):
+        campaign(spec(child.DONE), workers=0)
+
+
+# --- what is said of it -----------------------------------------------------------------------------------------
+
+
+def test_a_mean_says_over_how_many_and_what_is_missing(campaign, tmp_path):
+    campaign(spec(child.DONE, child.KILLED_ONCE, child.RAISES, child.SEGFAULT))
+    (method,) = tables(tmp_path / "small")["methods"]
+    assert (method["n"], method["of"], method["gaps"]) == (2, 4, "2 failed")
+    assert method["mean_heldout_loss"] == 2.5
+    text = write_report(tmp_path / "small")
+    assert "2 of 4 runs ended well" in text and "| 2 | 4 | 2.5000 | 2 failed |" in text
+    assert "ValueError: always" in text
+    assert (tmp_path / "small" / "methods.csv").read_text().splitlines()[1] == "m,t,steps,last,2,4,2.5,,2 failed"
+
+
+def test_a_mean_of_nothing_is_not_0(campaign, tmp_path):
+    campaign(spec(child.RAISES))
+    (method,) = tables(tmp_path / "small")["methods"]
+    assert (method["n"], method["mean_heldout_loss"]) == (0, None)
+    assert "| 0 | 1 | 1 failed |" in write_report(tmp_path / "small")
+
+
+def test_a_run_whose_grid_changed_afterwards_is_in_no_mean(campaign, tmp_path):
+    (place,) = campaign(spec(child.DONE))
+    (place.path / "record.json").unlink()
+    place.finish("done", heldout_loss=2.0, learning_rate=0.5, grid=[], layers=[0])
+    (run,), (method,) = (tables(tmp_path / "small")[name] for name in ("runs", "methods"))
+    assert (run["state"], method["n"], method["gaps"]) == ("invalid", 0, "1 invalid")
+
+
+def test_a_grid_that_was_opened_again_is_waited_for_and_its_runs_are_in_no_mean(campaign, tmp_path):
+    made = spec(child.DONE, learning_rates=[1e-3, 1e-2])
+    low, high, run = places(made, tmp_path / "small")
+    for place in (low, high, run):
+        place.make()
+    low.finish("done", validation_loss=3.0)
+    high.finish("failed", "gave up")
+    rate, grid = chosen_rate(run)
+    assert (rate, [entry["state"] for entry in grid]) == (1e-3, ["done", "failed"])
+    run.finish("done", heldout_loss=2.0, learning_rate=rate, grid=grid, layers=[0])
+    write_json(tmp_path / "small" / "campaign.json", made)
+    assert tables(tmp_path / "small")["methods"][0]["n"] == 1
+    high.retry()
+    assert tables(tmp_path / "small")["methods"][0]["gaps"] == "1 invalid"
+
+
+def test_a_run_whose_whole_grid_failed_fails_with_its_reason_and_starts_nothing(campaign, tmp_path):
+    made = spec(child.DONE, learning_rates=[1e-3, 1e-2])
+    low, high, run = places(made, tmp_path / "small")
+    for place in (low, high):
+        place.make()
+        place.finish("failed", "ValueError: no such column")
+    write_json(tmp_path / "small" / "campaign.json", made)
+    campaign(made)
+    assert run.state() == ("failed", "no learning rate of the grid ended well; the first: ValueError: no such column")
+    assert run.record()["attempts"] == 0
+
+
+def test_a_live_status_ends_with_the_campaign(campaign, tmp_path, capsys):
+    (tmp_path / "spec.yaml").write_text("name: small")
+    campaign(spec(child.DONE))
+    assert shown_live(tmp_path / "spec.yaml", None) is False
+    assert "small: 1 cells, 1 done; nothing left to do" in capsys.readouterr().out
+
+
+def test_the_status_counts_states_and_says_what_is_left(campaign, tmp_path):
+    made = spec(child.DONE, child.RAISES)
+    campaign(made)
+    record = status(tmp_path / "small")
+    assert record["states"] == {"failed": 1, "done": 1} and record["seconds_left"] == 0
+    assert "nothing left to do" in status_text(record) and "ValueError: always" in status_text(record)
+    more = spec(child.DONE, child.RAISES, child.ENDLESS, child.MEMORY)
+    write_json(tmp_path / "small" / "campaign.json", more)
+    with driver_lock(tmp_path / "small"):
+        record = status(tmp_path / "small")
+    assert record["states"] == {"planned": 2, "failed": 1, "done": 1}
+    assert record["seconds_left"] == pytest.approx(1.0)
+    assert f"process {os.getpid()}" in record["driver"]
+    assert "about 1 s left" in status_text(record)
+
+
+def test_a_status_without_a_campaign_says_how_to_start_one(tmp_path):
+    with pytest.raises(ConfigError, match="aletheia campaign run"):
+        status(tmp_path / "none")
+
+
+def test_a_damaged_record_is_in_no_table(campaign, tmp_path):
+    (place,) = campaign(spec(child.DONE))
+    file = place.path / "record.json"
+    file.write_text(file.read_text().replace("2.0", "1.0"))
+    with pytest.raises(AletheiaError, match="damaged"):
+        tables(tmp_path / "small")
+
+
+def test_text_that_a_spreadsheet_would_run_is_marked_and_a_table_keeps_its_columns(tmp_path):
+    assert csv_text([{"a": "=1+1", "b": -0.5, "c": "@x"}]) == "a,b,c\n'=1+1,-0.5,'@x\n"
+    assert csv_text([]) == ""
+
+
+def test_pauses_grow_and_have_an_end(campaign, monkeypatch):
+    paused = []
+    budget = replace(BUDGET, machine_faults=4, first_pause=0.001, longest_pause=0.002)
+    campaign(spec(child.DISK_FULL), budget=budget, say=paused.append)
+    assert sum("again in 0 s" in line for line in paused) == 3
