@@ -12,9 +12,9 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
-from ..comparison.runs import attach_plan
 from ..planning import Plan
 from ..training.random_state import random_state_kept
+from ..training.trainer import attach_plan
 
 Adapt = Callable[[Any, Plan, int], PeftModel]
 

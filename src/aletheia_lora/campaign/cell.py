@@ -31,7 +31,8 @@ from ..embedded import split_by_module, standard_library_rows
 from ..errors import NonFiniteLossError
 from ..files import write_json
 from ..loss import heldout_loss
-from ..planning import Plan, PlanOptions, mean_ranks, plan_from_probe, probe_rows
+from ..plan_options import PlanOptions
+from ..planning import Plan, mean_ranks, plan_from_probe, probe_rows
 from ..prediction import probe_cost
 from ..probe_result import ProbeResult
 from ..rows import load_rows
