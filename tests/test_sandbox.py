@@ -158,7 +158,7 @@ ENDS = {
     "    import os, signal\n    os.kill(os.getpid(), signal.SIGSEGV)": "killed",
     "    return [0] * 2**30": "raised",  # MemoryError
     "    while True: pass": "time",
-    "    import os\n    os.closerange(3, 64)\n    while True: pass": "exited",
+    "    import os, time\n    os.closerange(3, 64)\n    time.sleep(20)": "exited",
 }
 
 

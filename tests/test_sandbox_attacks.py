@@ -81,7 +81,9 @@ def test_a_bomb_ends_and_leaves_no_process(sandbox, outside, name):
 
 def test_a_process_left_behind_would_be_seen():
     marker = str(uuid.uuid4())
-    with subprocess.Popen([sys.executable, "-c", "input()", marker], stdin=subprocess.PIPE) as child:
+    program = [sys.executable, "-c", "print(flush=True); input()", marker]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        assert child.stdout is not None and child.stdout.readline()
         assert processes_with(marker) == [f"process {child.pid}"]
     assert processes_with(marker) == []
 
