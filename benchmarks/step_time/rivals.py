@@ -25,6 +25,7 @@ from training_methods import Setup, embedded_setup, method_plan, probed
 
 from aletheia_lora.anatomy import ModelAnatomy
 from aletheia_lora.calibration import measured_rate
+from aletheia_lora.campaign.baselines import prepared
 from aletheia_lora.comparison.arms import Arm, CompareOptions
 from aletheia_lora.comparison.record import environment
 from aletheia_lora.comparison.runs import frozen_weights_put_back, run_of
@@ -102,13 +103,6 @@ class UntilTimeIsOver(TrainerCallback):
             control.should_training_stop = True
 
 
-class AllocateRanks(TrainerCallback):
-    """AdaLoRA's own part of a step, which PEFT leaves to the training loop."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kwargs["model"].base_model.update_and_allocate(state.global_step)
-
-
 def rows_of(setup: Setup, num_batches: int) -> tuple[TokenizedRows, TokenizedRows]:
     """Rows for the probe, and the few that training cycles through."""
     parts = split(setup.rows, seed=SEED, probe=PROBE_ROWS, validation=0)
@@ -157,8 +151,7 @@ def run_for(
 
         trainer.training_step = noted
         trainer.add_callback(UntilTimeIsOver(over))
-        if rival.adapter == "adalora":
-            trainer.add_callback(AllocateRanks())
+        prepared(rival.adapter)(trainer)
 
     options = CompareOptions(steps=arm.steps, batch_size=setup.batch_size, seed=SEED)
     adapt = adapter_of(rival.adapter, arm.steps)
