@@ -17,7 +17,9 @@ from aletheia_lora.campaign.records import CellFolder
 from aletheia_lora.campaign.report import tables
 from aletheia_lora.campaign.spec import cells, load_campaign, resolved
 from aletheia_lora.cli import main
+from aletheia_lora.evaluation.adapters import adapter_digest, with_adapter
 from aletheia_lora.files import write_json
+from aletheia_lora.loss import heldout_loss
 from tiny_inputs import save_model, save_rows, word_rows
 
 pytestmark = pytest.mark.usefixtures("library_logging")
@@ -97,6 +99,17 @@ def test_each_method_trains_what_it_says(begun):
     for result in found.values():
         assert result["heldout_loss"] < result["base_heldout_loss"]
         assert all(result["checks"].values()) and result["other_loss"] is None
+
+
+def test_a_run_keeps_the_adapter_that_was_measured(begun):
+    place = begun(learning_rates=[0.01], other_text={"name": "other", "data": "other.jsonl"})[0]
+    (record,) = run([place])
+    result = record["result"]
+    assert result["adapter_digest"] == adapter_digest(place.path / "adapter")
+    bench = cell_room.Bench.of(place.cell.content, place.path.parent.parent / "shared", 1, print)
+    with with_adapter(bench.model, place.path / "adapter") as adapted:
+        assert heldout_loss(adapted, bench.batches(bench.held_out)) == pytest.approx(result["heldout_loss"], abs=1e-6)
+        assert heldout_loss(adapted, bench.batches(bench.other_text())) == pytest.approx(result["other_loss"], abs=1e-6)
 
 
 def test_the_rate_is_the_best_of_the_grid_on_rows_that_are_not_the_held_out_ones(begun):
@@ -218,7 +231,7 @@ def test_a_forecast_lists_every_cell_and_says_what_it_cannot_know(begun, ground)
     assert (record["num_cells"], record["num_unknown"]) == (12, 6)
     by_name = {entry["cell"].rpartition("-")[0]: entry for entry in record["cells"]}
     uniform, last = (by_name[f"run-tiny-llama-words-{name}-s0"] for name in ("uniform", "last"))
-    assert uniform["seconds"] > last["seconds"] > 0 and uniform["bytes"] > 0
+    assert uniform["seconds"] > last["seconds"] > 0 and uniform["bytes"] > last["bytes"] > 0
     assert "config.json" in by_name["run-model-words-last-s0"]["reason"]
     assert "12 cells" in forecast_text(record) and "6 more not known" in forecast_text(record)
 

@@ -140,6 +140,13 @@ def test_the_cells_are_the_whole_grid_and_each_has_a_name_of_its_own(spec):
     assert all(set(grid_of(run)) <= set(grid) and len(grid_of(run)) == 2 for run in runs)
 
 
+def test_the_grids_run_first_and_then_seed_after_seed_with_all_methods(spec):
+    made = cells(spec(methods=["uniform", "last"], match=["steps", "time"], seeds=[0, 1]))
+    kinds = [cell.content["kind"] for cell in made]
+    runs = [tuple(cell.content[key] for key in ("match", "seed")) for cell in made if cell.content["kind"] == "run"]
+    assert kinds == sorted(kinds) and runs == sorted(runs)
+
+
 def test_a_grid_of_one_rate_has_nothing_to_search(spec):
     made = cells(spec(learning_rates=[1e-3]))
     assert {cell.content["kind"] for cell in made} == {"run"} and grid_of(made[0]) == []

@@ -29,7 +29,8 @@ from ..comparison.runs import run_of
 from ..data import Parts, TokenizedRows, split, tokenize
 from ..embedded import split_by_module, standard_library_rows
 from ..errors import NonFiniteLossError
-from ..files import write_json
+from ..evaluation.adapters import adapter_digest
+from ..files import whole_folder, write_json
 from ..loss import heldout_loss
 from ..plan_options import PlanOptions
 from ..planning import Plan, mean_ranks, plan_from_probe, probe_rows
@@ -48,6 +49,8 @@ from .spec import canonical
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE}
 SPLIT_SEED, GRID_SEED = 0, 1_000_000
 """Held-out rows are the same for every seed; the grid is searched under a seed of its own."""
+ADAPTER = "adapter"
+"""Folder of what a run trained, in that of its cell."""
 DRAW_SEEDS = 1_000_003
 """So far apart are the seeds of two draws."""
 
@@ -315,6 +318,7 @@ def _run(bench: Bench, folder: CellFolder, say: Say) -> dict[str, Any]:
         evaluations=content["evaluations"],
         say=say,
     )
+    result["adapter_digest"] = _keep_adapter(adapted, folder.path / ADAPTER)
     other = bench.other_text()
     result["checks"]["rows"] = base["rows_digest"] == bench.rows_digest and all(
         entry["rows_digest"] in (None, bench.rows_digest) for entry in grid
@@ -328,6 +332,13 @@ def _run(bench: Bench, folder: CellFolder, say: Say) -> dict[str, Any]:
         "base_other_loss": base["other_loss"],
         "other_loss": None if other is None else heldout_loss(adapted, bench.batches(other)),
     }
+
+
+def _keep_adapter(adapted: Any, folder: Path) -> str:
+    """Write the adapter as PEFT does, whole or not at all; gives its digest."""
+    with whole_folder(folder) as written:
+        adapted.save_pretrained(str(written), save_embedding_layers=False)
+    return adapter_digest(folder)
 
 
 def _trained(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from ..allocation import AllocationOptions, ModuleRank, allocate, trainable_params
 from ..anatomy import ModelAnatomy, anatomy
 from ..calibration import measured_rate
 from ..cost import CostModel, StepShape, cost_model
@@ -29,6 +30,8 @@ from .status import duration
 SAMPLED_ROWS = 64
 RECORD_BYTES, STEP_BYTES = 8_000, 60
 """Of a cell's folder with its log, and of each step in its record; as counted on small campaigns."""
+WEIGHT_BYTES = 4
+"""Of a trained weight: adapters train in float32."""
 PROBE_BYTES, PROBE_BATCH_BYTES = 150, 45
 """Of each module in the file of a probe, and of each batch of it."""
 
@@ -64,11 +67,20 @@ class _Ground:
         options = SelectionOptions(percent=method.percent, num_layers=method.num_layers)
         return STRATEGIES[method.strategy](everything, options)
 
+    def ranks(self, cell: Cell) -> tuple[ModuleRank, ...]:
+        """The adapters of a method; those in proportion to scores train at most as much as matched ones."""
+        name, rank = cell.content["method"]["allocation"], cell.content["rank"]
+        options = AllocationOptions(rank=rank, attention_rank=rank, mlp_rank=4 * rank)
+        return allocate(self.found, self.layers(cell), "matched" if name == "proportional" else name, options)
+
     def num_bytes(self, cell: Cell) -> float:
-        """Of the cell's own folder, and of the frozen layers' output where that is kept."""
+        """Of the cell's own folder with its adapter, and of the frozen layers' output where that is kept."""
         content = cell.content
         own = float(RECORD_BYTES + STEP_BYTES * content["steps"])
-        if not content["prefix_cache"] or content["kind"] == "grid":
+        if content["kind"] == "grid":
+            return own
+        own += WEIGHT_BYTES * trainable_params(self.ranks(cell))
+        if not content["prefix_cache"]:
             return own
         rows = content["train_rows"] or content["task"]["max_rows"] or 0
         return own + float(rows * self.mean_length * self.found.hidden_size * 4)

@@ -359,9 +359,10 @@ class Cell:
 
 
 def cells(spec: Mapping[str, Any]) -> list[Cell]:
-    """The cells of a resolved spec, in the order they run: for each model, task and method its grid, then its runs.
+    """The cells of a resolved spec, in the order they run: for each model and task the grids, then seed after seed.
 
-    PEFT's other adapters have no predicted time, so they have no cell at equal time.
+    The methods of a seed run one after the other: what is compared meets the same hour of the machine, and a campaign
+    that is cut short has whole seeds. PEFT's other adapters have no predicted time, so they have no cell at equal time.
     """
     return list(_cells(spec))
 
@@ -372,29 +373,28 @@ def _cells(spec: Mapping[str, Any]) -> Iterator[Cell]:
     measured = {key: spec[key] for key in keys}
     for model in spec["models"]:
         for task in spec["tasks"]:
-            for method in spec["methods"]:
-                choice = {key: value for key, value in method.items() if key != "draws"}
-                matches = [match for match in spec["match"] if match == "steps" or method["adapter"] == "lora"]
-                runs = [
-                    Cell(
-                        {
-                            "kind": "run",
-                            **common,
-                            **measured,
-                            "model": model,
-                            "task": task,
-                            "method": choice,
-                            "match": match,
-                            "seed": seed,
-                            "draw": draw,
-                        }
-                    )
-                    for match in matches
-                    for seed in spec["seeds"]
-                    for draw in range(method["draws"])
-                ]
-                yield from grid_of(runs[0]) if runs else ()
-                yield from runs
+            runs = [
+                Cell(
+                    {
+                        "kind": "run",
+                        **common,
+                        **measured,
+                        "model": model,
+                        "task": task,
+                        "method": {key: value for key, value in method.items() if key != "draws"},
+                        "match": match,
+                        "seed": seed,
+                        "draw": draw,
+                    }
+                )
+                for match in spec["match"]
+                for seed in spec["seeds"]
+                for method in spec["methods"]
+                if match == "steps" or method["adapter"] == "lora"
+                for draw in range(method["draws"])
+            ]
+            yield from dict.fromkeys(cell for run in runs for cell in grid_of(run))
+            yield from runs
 
 
 def grid_of(run: Cell) -> list[Cell]:
