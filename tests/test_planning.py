@@ -41,7 +41,7 @@ def llama_plan(rows):
 def measured(rows):
     """A llama, its anatomy and a probe that has everything that any score is made of."""
     model = build("llama")
-    return model, anatomy(model), probe(model, list(batches(rows, 4, 0)), taylor=True)
+    return model, anatomy(model), probe(model, list(batches(rows, 4, 0)), taylor=True, descent=True)
 
 
 def steepened(measured, factor=3.0):

@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from aletheia_lora.anatomy import layer_blocks
 from aletheia_lora.errors import ProbeError
+from aletheia_lora.gradient_watch import _first_adapter
 from aletheia_lora.loss import labelled_loss
 from aletheia_lora.probe import gradient_probe, probe
 from aletheia_lora.probe_result import ProbeResult
@@ -111,6 +113,25 @@ def test_taylor_is_the_sum_of_weight_times_gradient():
     assert record.taylor == pytest.approx((float((weight * gradient).abs().sum()),))
     assert record.weight_norm == pytest.approx(float(weight.norm()))
     assert all(t.taylor is None for t in probe(model, batches, mode="gram").tensors if t.method == "gram")
+
+
+@pytest.mark.parametrize("mode", ["exact", "gram"])
+def test_descent_is_the_sum_of_the_gradient_of_a_real_adapters_b_over_all_batches(mode):
+    model, batches = build("llama"), random_batches(3)
+    result = probe(model, batches, mode=mode, descent=True)
+    config = LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config).eval()
+    maps = {name: module for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+    for module in maps.values():
+        module.lora_A["default"].weight.data = _first_adapter(module.in_features)
+    for batch in batches:
+        (labelled_loss(adapted, batch) / len(batches)).backward()
+    descents = {tensor.name: tensor.descent for tensor in result.tensors}
+    for name, module in maps.items():
+        expected = float(module.lora_B["default"].weight.grad.abs().sum())
+        assert descents[name.removeprefix("base_model.model.")] == pytest.approx(expected, rel=1e-4)
+    assert descents["model.layers.0.input_layernorm.weight"] is None
+    assert all(tensor.descent is None for tensor in probe(build("llama"), batches).tensors)
 
 
 def test_the_record_survives_being_saved_and_loaded(tmp_path):

@@ -111,6 +111,8 @@ def test_two_processes_probe_as_one_and_all_get_the_same(run):
     for left, right in zip(two.tensors, one.tensors, strict=True):
         assert (left.taylor is None) == (right.taylor is None)
         np.testing.assert_allclose(left.taylor or (), right.taylor or (), rtol=1e-5)
+        assert (left.descent is None) == (right.descent is None)
+        assert left.descent is None or left.descent == pytest.approx(right.descent, rel=1e-5)
     assert two.timing is not None and one.timing is not None
     assert two.timing.lengths == one.timing.lengths and len(two.timing.forward) == 5
     assert (two.timing.num_first, one.timing.num_first) == (2, 1)

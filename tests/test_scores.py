@@ -26,6 +26,7 @@ def tensor(layer: int, name: str, norms: list[float], **changes: Any) -> TensorS
         "method": "formed",
         "taylor": tuple(2 * norm for norm in norms),
         "weight_norm": 5.0,
+        "descent": sum(norms) / 2,
     }
     return TensorStatistics(
         name=f"layers.{layer}.{name}", layer_idx=layer, grad_norm=tuple(norms), **{**fields, **changes}
@@ -75,6 +76,7 @@ def probe_of(model: LlamaForCausalLM) -> ProbeResult:
         ("relative", {0: 7 / 5 + 2 / 2, 1: 3 / 5}),
         ("fisher", {0: 9 + 16 + 1 + 1, 1: 1 + 4}),
         ("taylor", {0: 14 + 4, 1: 6}),
+        ("adapter_descent", {0: 3.5 + 1, 1: 1.5}),
     ],
 )
 def test_a_score_equals_its_definition_written_out(name: str, expected: dict[int, float]) -> None:
@@ -85,7 +87,7 @@ def test_gradient_norm_is_the_probe_itself() -> None:
     assert layer_scores("gradient_norm", two_layers()) == dict(two_layers())
 
 
-@pytest.mark.parametrize("name", ["gradient_norm", "gradient_norm_rms", "relative", "fisher", "taylor"])
+@pytest.mark.parametrize("name", ["gradient_norm", "gradient_norm_rms", "relative", "fisher", "taylor", "adapter_descent"])
 def test_the_order_of_batches_does_not_matter(name: str) -> None:
     turned = [
         dataclasses.replace(t, grad_norm=t.grad_norm[::-1], taylor=None if t.taylor is None else t.taylor[::-1])
@@ -94,7 +96,7 @@ def test_the_order_of_batches_does_not_matter(name: str) -> None:
     assert layer_scores(name, probe(*turned)) == pytest.approx(layer_scores(name, two_layers()), rel=1e-14)
 
 
-@pytest.mark.parametrize("name", ["gradient_norm_rms", "relative", "fisher", "taylor"])
+@pytest.mark.parametrize("name", ["gradient_norm_rms", "relative", "fisher", "taylor", "adapter_descent"])
 def test_a_layer_without_adaptable_tensors_scores_zero(name: str) -> None:
     result = probe(tensor(0, "q", [1.0]), tensor(1, "norm", [9.0], kind="other"))
     assert layer_scores(name, result)[1] == 0.0
@@ -122,6 +124,12 @@ def test_taylor_names_the_tensor_whose_gradient_was_not_formed() -> None:
     result = probe(tensor(0, "q", [1.0], method="gram", taylor=None), num_layers=1)
     with pytest.raises(ProbeError, match=r"layers\.0\.q .*taylor=True.*mode='exact'"):
         layer_scores("taylor", result)
+
+
+def test_adapter_descent_names_the_tensor_that_was_measured_without() -> None:
+    result = probe(tensor(0, "q", [1.0], descent=None), num_layers=1)
+    with pytest.raises(ProbeError, match=r"layers\.0\.q .*descent=True"):
+        layer_scores("adapter_descent", result)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -103,6 +103,7 @@ def test_select_layers_refuses_a_score_that_is_not_finite(bad: float) -> None:
         ("first", [0, 1]),
         ("last", [2, 3]),
         ("stride", [1, 3]),
+        ("spread", [1, 3]),
         ("all", [0, 1, 2, 3]),
     ],
 )
@@ -135,6 +136,13 @@ def test_the_order_of_the_scores_does_not_matter(strategy: str) -> None:
 
 def test_stride_over_half_of_thirty_takes_every_second_layer() -> None:
     assert select(DEEP, "stride").layers == tuple(range(1, 30, 2))
+
+
+def test_spread_takes_the_best_of_each_stretch_and_the_lower_of_equals() -> None:
+    scores = dict(enumerate([9.0, 8.0, 7.0, 1.0, 1.0, 1.0, 0.1, 0.5]))
+    assert select(scores, "top_percent", SelectionOptions(num_layers=3)).layers == (0, 1, 2)
+    assert select(scores, "spread", SelectionOptions(num_layers=3)).layers == (0, 3, 7)  # of 0-2, 3-5 and 6-7
+    assert select(scores, "spread", SelectionOptions(num_layers=4)).layers == (0, 2, 4, 7)
 
 
 def test_random_repeats_under_one_seed_and_differs_under_another() -> None:

@@ -7,10 +7,14 @@ gradient at all (the Gram form):
 
 which is cheaper while T is small, and works on quantized weights as they are. Everything that is not a linear map
 (norms, biases, stacked experts) is measured by autograd, tensor by tensor, and dropped at once.
+
+Where asked, the same X and G also give what an adapter W + B A would see first: with B = 0 its gradient is
+dL/dB = G^T (X A^T), out x rank, which is summed over the batches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +30,10 @@ from .probe_result import Method, Mode, TensorStatistics
 from .stopwatch import Stopwatch
 
 
+ADAPTER_RANK = 16
+"""Rank of the adapters whose first gradient is taken."""
+
+
 class GradientWatch:
     """The hooks of one probe: which tensor is measured how, and the norms as they come in."""
 
@@ -35,10 +43,11 @@ class GradientWatch:
         found: ModelAnatomy,
         mode: Mode,
         taylor: bool,
+        descent: bool,
         clock: Stopwatch,
         names: Mapping[str, str] | None,
     ) -> None:
-        self.mode, self.taylor, self.clock = mode, taylor, clock
+        self.mode, self.taylor, self.descent, self.clock = mode, taylor, descent, clock
         self.device_type = clock.device.type
         self.handles: list[Any] = []
         self.kinds: dict[str, str] = {module.name: module.kind for module in found.modules}
@@ -47,6 +56,8 @@ class GradientWatch:
         """Squared norm of each tensor in the batch under way."""
         self.norms: dict[str, list[float]] = {}
         self.taylors: dict[str, list[float]] = {}
+        self.adapter_gradients: dict[str, Tensor] = {}
+        """dL/dB of an adapter on each linear map, (out, rank), summed over the batches so far."""
         self.experts: dict[str, Tensor] = {}
         """Norm of each expert's gradient in a stack, summed over the batches so far."""
         self.owners: dict[str, tuple[int, int, Method, float | None]] = {}
@@ -140,6 +151,10 @@ class GradientWatch:
                 weight = weight_value(module).to(grad_OI.device)
                 weight_OI = weight if weight.shape == grad_OI.shape else weight.T
                 self.taylors.setdefault(name, []).append(float((grad_OI * weight_OI).abs().sum()))
+        if self.descent:
+            gradient_OR = g_TO.T @ (x_TI @ _first_adapter(in_features).to(x_TI.device).T)
+            before = self.adapter_gradients.get(name)
+            self.adapter_gradients[name] = gradient_OR if before is None else before + gradient_OR
         self.owners[name] = (layer_idx, num_params, "gram" if use_gram else "formed", norm)
         calls.clear()
 
@@ -227,6 +242,12 @@ class GradientWatch:
             for name, (layer_idx, num_params, method, norm) in self.owners.items()
         ]
         return tuple(sorted(records, key=lambda record: record.layer_idx))
+
+
+def _first_adapter(in_features: int) -> Tensor:
+    """A of a fresh adapter, (rank, in), drawn as PEFT draws it: uniform within 1 / sqrt(in). The same every time."""
+    drawn_RI = torch.rand(ADAPTER_RANK, in_features, generator=torch.Generator().manual_seed(in_features))
+    return (2 * drawn_RI - 1) / math.sqrt(in_features)
 
 
 def _stacked(tensors: Sequence[Tensor], features: int) -> Tensor:

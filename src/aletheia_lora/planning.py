@@ -324,6 +324,7 @@ def probe_rows(
         drawn,
         mode=options.probe_mode,
         taylor=options.score == "taylor",
+        descent=options.score == "adapter_descent",
         anatomy_=found,
         progress=progress,
     )

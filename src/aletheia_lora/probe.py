@@ -10,6 +10,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -90,6 +91,7 @@ def probe(
     *,
     mode: Mode = "auto",
     taylor: bool = False,
+    descent: bool = False,
     loss_fn: LossFunction = labelled_loss,
     device: torch.device | None = None,
     anatomy_: ModelAnatomy | None = None,
@@ -111,6 +113,7 @@ def probe(
             for each weight: Gram while T * (in / u + out) < in * out, where u maps read the same input. Quantized
             weights are measured in the Gram form in every mode: their gradient would be many times their size.
         taylor: Also measure sum |weight * gradient|, which needs the gradient and so implies ``exact``.
+        descent: Also measure what an adapter on each linear map could do at once (``TensorStatistics.descent``).
         loss_fn: ``(model, batch) -> scalar loss``; the mean next-token loss over labelled tokens if left out.
         device: Where to put the batches; the model's own device if left out.
         anatomy_: The model's anatomy, if at hand.
@@ -143,17 +146,29 @@ def probe(
             "weights": digest(model.named_parameters(), most=64),
             "batches": digest((name, tensor) for batch in batches for name, tensor in sorted(batch.items())),
             "kind of device": target.type,
-            "mode": (mode, taylor),
+            "mode": (mode, taylor, descent),
         }
 
     check_same(held, "Load one model, and draw the same rows with the same seed, on every process.")
     share = list(enumerate(batches))[rank() :: world_size()]
 
-    def measure() -> ProbeResult:
+    def measure() -> tuple[ProbeResult, dict[str, Tensor]]:
         shown = tqdm(share, desc="probing", unit="batch", disable=not (progress and is_main()))
-        return _measured(model, shown, found, target, mode, taylor, loss_fn, names)
+        return _measured(model, shown, found, target, mode, taylor, descent, loss_fn, names)
 
-    return merged(gather(measure, "probing"))
+    parts, sums = zip(*gather(measure, "probing"), strict=True)
+    return _with_descents(merged(parts), sums)
+
+
+def _with_descents(result: ProbeResult, sums: Sequence[Mapping[str, Tensor]]) -> ProbeResult:
+    """The result with ``descent`` of each tensor from the processes' sums of adapter gradients."""
+    totals: dict[str, Tensor] = {}
+    for name, gradient in (item for part in sums for item in part.items()):
+        totals[name] = totals[name] + gradient if name in totals else gradient
+    descents = {name: float(total.abs().sum()) / result.num_batches for name, total in totals.items()}
+    return replace(
+        result, tensors=tuple(replace(tensor, descent=descents.get(tensor.name)) for tensor in result.tensors)
+    )
 
 
 def _measured(
@@ -163,10 +178,12 @@ def _measured(
     target: torch.device,
     mode: Mode,
     taylor: bool,
+    descent: bool,
     loss_fn: LossFunction,
     names: Mapping[str, str] | None,
-) -> ProbeResult:
-    """The result of some of the batches, each with its number; of none, if this process has none."""
+) -> tuple[ProbeResult, dict[str, Tensor]]:
+    """The result of some of the batches, each with its number (of none, if this process has none); adapter gradients,
+    summed over them, on the CPU."""
     started = time.perf_counter()
     memory = _MemoryPeak(target)
     seen: list[Mapping[str, Tensor]] = []
@@ -174,7 +191,7 @@ def _measured(
     with _left_as_found(model), in_memory(measured_by_autograd(model, found, names)):
         clock = Stopwatch(model, target)
         routing = Routing(model, found)
-        watch = GradientWatch(model, found, "exact" if taylor else mode, taylor, clock, names)
+        watch = GradientWatch(model, found, "exact" if taylor else mode, taylor, descent, clock, names)
         try:
             for index, batch in share:
                 on_device = {key: value.to(target) for key, value in batch.items()}
@@ -187,7 +204,7 @@ def _measured(
             routing.close()
             clock.close()
         tensors = watch.statistics()
-    return ProbeResult(
+    result = ProbeResult(
         fingerprint=found.fingerprint,
         num_layers=found.num_layers,
         tensors=tensors,
@@ -201,6 +218,7 @@ def _measured(
         timing=clock.timing(),
         expert_loads=routing.loads(),
     )
+    return result, {name: total.cpu() for name, total in watch.adapter_gradients.items()}
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -143,6 +143,30 @@ def taylor(
     return _sum_over_adaptable(probe, change)
 
 
+def adapter_descent(
+    probe: ProbeResult, *, model: nn.Module | None = None, rng: np.random.Generator | None = None
+) -> dict[int, float]:
+    """What the first Adam step of fresh adapters lowers the loss by: sum over adaptable tensors of sum |dL/dB|.
+
+    Ours. Adam's first step has the length of the learning rate in every entry of B, against the sign of its gradient,
+    so to first order the loss falls by the learning rate times this sum. The gradient is the mean over all batches:
+    what they do not agree on cancels, which no norm of single batches shows.
+
+    Raises:
+        ProbeError: If the probe did not take it of a tensor; names the tensor.
+    """
+
+    def change(tensor: TensorStatistics) -> float:
+        if tensor.descent is None:
+            raise ProbeError(
+                f"{tensor.name} was measured without its adapter's gradient, which the adapter_descent score is made "
+                "of: probe again with descent=True; stacked experts never have it."
+            )
+        return tensor.descent
+
+    return _sum_over_adaptable(probe, change)
+
+
 def weight_snr(
     probe: ProbeResult, *, model: nn.Module | None = None, rng: np.random.Generator | None = None
 ) -> dict[int, float]:
@@ -191,6 +215,7 @@ SCORES: dict[str, ScoreFunction] = {
     "relative": relative,
     "fisher": fisher,
     "taylor": taylor,
+    "adapter_descent": adapter_descent,
     "weight_snr": weight_snr,
     "random": random,
 }

@@ -349,6 +349,16 @@ def stride(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     return sorted(layers[-1 - step * len(layers) // count] for step in range(count))
 
 
+def spread(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """The best-scoring layer of each of k equal stretches of the depth: a score's choice without neighbours in heaps.
+
+    Ours. Top-k by gradient norm takes runs of neighbouring layers, whose gradients tell much the same.
+    """
+    count = _count(scores, options)
+    stretches = np.array_split(sorted(scores), count)
+    return [max(stretch.tolist(), key=lambda layer: scores[layer]) for stretch in stretches]
+
+
 def all_layers(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     """Every layer: uniform LoRA."""
     return sorted(scores)
@@ -365,6 +375,7 @@ STRATEGIES: dict[str, Strategy] = {
     "first": first,
     "last": last,
     "stride": stride,
+    "spread": spread,
     "all": all_layers,
 }
 

@@ -206,7 +206,8 @@ class Bench:
     def probe(self, method: Method, seed: int, say: Say) -> ProbeResult:
         """The probe of this seed, which all methods that read the same statistics share."""
         keys = ("probe_batches", "probe_batch_size", "train_rows")
-        identity = {"seed": seed, "taylor": method.score == "taylor", **{key: self.content[key] for key in keys}}
+        extra = method.score if method.score in ("taylor", "adapter_descent") else None  # what not every probe takes
+        identity = {"seed": seed, "extra": extra, **{key: self.content[key] for key in keys}}
 
         def write(file: Path) -> None:
             say(f"probing with seed {seed}")

@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """``uniform`` runs through our trainer and ``uniform_trainer`` as plain PEFT under transformers' Trainer; DoRA
 (arXiv 2402.09353) and AdaLoRA (arXiv 2303.10512) are PEFT's, on every layer, under transformers' Trainer."""
 
-SCORED = ("top_percent", "above_median", "mass", "budget", "bottom")
+SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread")
 """Strategies that read scores."""
 
 

@@ -153,6 +153,7 @@ class ReRank(TrainerCallback):
             self._batches,
             mode=options.probe_mode,
             taylor=options.score == "taylor",
+            descent=options.score == "adapter_descent",
             anatomy_=self.plan.anatomy,
             names=own_modules(base),
         )
