@@ -29,7 +29,6 @@ from .placement import weight_value
 from .probe_result import Method, Mode, TensorStatistics
 from .stopwatch import Stopwatch
 
-
 ADAPTER_RANK = 16
 """Rank of the adapters whose first gradient is taken."""
 

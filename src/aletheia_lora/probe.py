@@ -182,8 +182,10 @@ def _measured(
     loss_fn: LossFunction,
     names: Mapping[str, str] | None,
 ) -> tuple[ProbeResult, dict[str, Tensor]]:
-    """The result of some of the batches, each with its number (of none, if this process has none); adapter gradients,
-    summed over them, on the CPU."""
+    """The result of some of the batches, each with its number; of none, if this process has none.
+
+    Beside it the adapters' gradients, where asked for: sums over these batches, on the CPU.
+    """
     started = time.perf_counter()
     memory = _MemoryPeak(target)
     seen: list[Mapping[str, Tensor]] = []
