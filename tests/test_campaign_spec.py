@@ -140,11 +140,16 @@ def test_the_cells_are_the_whole_grid_and_each_has_a_name_of_its_own(spec):
     assert all(set(grid_of(run)) <= set(grid) and len(grid_of(run)) == 2 for run in runs)
 
 
-def test_the_grids_run_first_and_then_seed_after_seed_with_all_methods(spec):
-    made = cells(spec(methods=["uniform", "last"], match=["steps", "time"], seeds=[0, 1]))
-    kinds = [cell.content["kind"] for cell in made]
-    runs = [tuple(cell.content[key] for key in ("match", "seed")) for cell in made if cell.content["kind"] == "run"]
-    assert kinds == sorted(kinds) and runs == sorted(runs)
+def test_a_tasks_grids_come_before_its_runs_which_go_seed_after_seed(spec):
+    tasks = [{"name": name, "data": f"{name}.jsonl"} for name in ("one", "two")]
+    made = cells(spec(methods=["uniform", "last"], tasks=tasks, match=["steps", "time"], seeds=[0, 1]))
+    runs = [cell.content for cell in made if cell.content["kind"] == "run"]
+    order = [(run["match"], run["task"]["name"], run["seed"]) for run in runs]
+    assert order == sorted(order) and len(order) == 2 * 2 * 2 * 2
+    for run in (cell for cell in made if cell.content["kind"] == "run"):
+        assert all(made.index(grid) < made.index(run) for grid in grid_of(run))
+    first_of_two = next(place for place, cell in enumerate(made) if cell.content["task"]["name"] == "two")
+    assert first_of_two == 4 + 4  # the grids and the runs at equal steps of the first task
 
 
 def test_a_grid_of_one_rate_has_nothing_to_search(spec):

@@ -359,42 +359,42 @@ class Cell:
 
 
 def cells(spec: Mapping[str, Any]) -> list[Cell]:
-    """The cells of a resolved spec, in the order they run: for each model and task the grids, then seed after seed.
+    """The cells of a resolved spec, in the order they run: the runs seed after seed, and a task's grids before them.
 
     The methods of a seed run one after the other: what is compared meets the same hour of the machine, and a campaign
     that is cut short has whole seeds. PEFT's other adapters have no predicted time, so they have no cell at equal time.
     """
-    return list(_cells(spec))
+    runs = list(_runs(spec))
+    grids: dict[tuple[str, str], list[Cell]] = {}
+    for run in runs:
+        grids.setdefault(run.group[:2], []).extend(grid_of(run))
+    return list(dict.fromkeys(cell for run in runs for cell in [*grids[run.group[:2]], run]))
 
 
-def _cells(spec: Mapping[str, Any]) -> Iterator[Cell]:
+def _runs(spec: Mapping[str, Any]) -> Iterator[Cell]:
     common = {key: spec[key] for key in SHARED if key in spec}
     keys = ("learning_rates", "grid_steps", "steps", "evaluations", "other_text", "other_rows")
     measured = {key: spec[key] for key in keys}
-    for model in spec["models"]:
-        for task in spec["tasks"]:
-            runs = [
-                Cell(
-                    {
-                        "kind": "run",
-                        **common,
-                        **measured,
-                        "model": model,
-                        "task": task,
-                        "method": {key: value for key, value in method.items() if key != "draws"},
-                        "match": match,
-                        "seed": seed,
-                        "draw": draw,
-                    }
-                )
-                for match in spec["match"]
-                for seed in spec["seeds"]
-                for method in spec["methods"]
-                if match == "steps" or method["adapter"] == "lora"
-                for draw in range(method["draws"])
-            ]
-            yield from dict.fromkeys(cell for run in runs for cell in grid_of(run))
-            yield from runs
+    places = [(match, model, task) for match in spec["match"] for model in spec["models"] for task in spec["tasks"]]
+    for match, model, task in places:
+        for seed in spec["seeds"]:
+            for method in spec["methods"]:
+                if match != "steps" and method["adapter"] != "lora":
+                    continue
+                for draw in range(method["draws"]):
+                    yield Cell(
+                        {
+                            "kind": "run",
+                            **common,
+                            **measured,
+                            "model": model,
+                            "task": task,
+                            "method": {key: value for key, value in method.items() if key != "draws"},
+                            "match": match,
+                            "seed": seed,
+                            "draw": draw,
+                        }
+                    )
 
 
 def grid_of(run: Cell) -> list[Cell]:
