@@ -346,12 +346,37 @@ def test_a_checkpoint_that_is_quantized_already_is_not_quantized_again(folder, t
     assert {module.storage for module in anatomy(model).modules} == {"quantized"}
 
 
-def test_a_format_that_transformers_does_not_train_is_refused_and_the_model_given_back(tmp_path):
-    rows, model = tokenize(word_rows(12), word_tokenizer()), build("llama")
+def said_to_be_packed(method):
+    """A model as transformers loads it from a format that it does not train."""
+    model = build("llama")
+    model.is_quantized = True
+    model.hf_quantizer = SimpleNamespace(
+        is_trainable=False, is_qat_trainable=False, quantization_config=SimpleNamespace(quant_method=method)
+    )
+    return model
+
+
+def trainer_for(model, folder):
+    rows = tokenize(word_rows(12), word_tokenizer())
     made = plan(model, rows, tokenizer=word_tokenizer(), rank=4, probe_batches=2)
-    model.hf_quantizer = SimpleNamespace(is_trainable=False, quantization_config=SimpleNamespace(quant_method="gguf"))
-    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
-    with pytest.raises(UnsupportedModelError, match=r"does not train models that it loaded from gguf\. Copy"):
-        SFTTrainer(model, args, plan=made, train_dataset=rows, processing_class=word_tokenizer())
-    del model.hf_quantizer
-    assert anatomy(model) == made.anatomy and all(parameter.requires_grad for parameter in model.parameters())
+    settings = {"use_cpu": True, "bf16": False, "report_to": [], "max_steps": 2, "logging_steps": 1}
+    args = trl.SFTConfig(output_dir=str(folder), **settings)
+    return made, SFTTrainer(model, args, plan=made, train_dataset=rows, processing_class=word_tokenizer())
+
+
+def test_a_format_that_transformers_does_not_train_is_refused_and_the_model_given_back(tmp_path):
+    model, before = said_to_be_packed("awq"), anatomy(build("llama"))
+    with pytest.raises(UnsupportedModelError, match=r"does not train models that it loaded from awq\. Load"):
+        trainer_for(model, tmp_path)
+    assert anatomy(model) == before and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_gguf_file_is_unpacked_while_loading_and_trains_like_any_model(tmp_path):
+    losses = []
+    for model in (build("llama"), said_to_be_packed("gguf")):
+        said = getattr(model, "is_quantized", None)
+        _, trainer = trainer_for(model, tmp_path)
+        trainer.train()
+        assert getattr(model, "is_quantized", None) == said
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 2

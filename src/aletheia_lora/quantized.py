@@ -128,16 +128,30 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
             module.support_avx512bf16_for_cpu = flag
 
 
-def check_quantizer_trains(model: Any) -> None:
-    """Check that transformers lets a model in this format train, before anything is put on it.
+@contextlib.contextmanager
+def trainable_format(model: Any) -> Iterator[None]:
+    """Check that transformers lets a model in this format train; while open it takes unpacked weights as such.
+
+    transformers unpacks a GGUF file while loading, and yet refuses to train what came of it as a packed model.
 
     Raises:
-        UnsupportedModelError: If it does not, as for GGUF files, whose weights it unpacks while loading.
+        UnsupportedModelError: If it does not train the format, and the weights are packed.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not getattr(quantizer, "is_trainable", True):
-        method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", type(quantizer).__name__)
+    if quantizer is None or getattr(quantizer, "is_trainable", True):
+        yield
+        return
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", type(quantizer).__name__)
+    method = getattr(method, "value", method)
+    if method != "gguf" or not all(weight.is_floating_point() for weight in model.parameters()):
         raise UnsupportedModelError(
-            f"transformers does not train models that it loaded from {getattr(method, 'value', method)}. Copy the "
-            "weights into a model built from the configuration without quantization_config, or load another format."
+            f"transformers does not train models that it loaded from {method}. Load the model unquantized, or in a "
+            "format that trains (bitsandbytes: nf4, fp4, int8)."
         )
+    owner = next(module for module in model.modules() if "hf_quantizer" in vars(module))
+    said = owner.is_quantized
+    owner.is_quantized = False
+    try:
+        yield
+    finally:
+        owner.is_quantized = said

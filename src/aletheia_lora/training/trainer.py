@@ -23,7 +23,7 @@ from ..loss import labelled_loss
 from ..placement import input_device
 from ..planning import Plan
 from ..processes import check_same, digest, gather, is_main, on_any
-from ..quantized import check_gradients_pass, check_quantizer_trains, gradients_kept
+from ..quantized import check_gradients_pass, gradients_kept, trainable_format
 from .engine import check_engine, engine_of, in_forward_of, local, sharded_loading
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
 from .rerank import ReRank
@@ -333,9 +333,9 @@ class _Shortcuts(TrainerCallback):
 @contextlib.contextmanager
 def _on_packed_weights(model: Any) -> Iterator[None]:
     """Refuse a format that cannot train; undo that TRL rounds adapters to bfloat16, which PEFT trains in float32."""
-    check_quantizer_trains(model)
     trainable = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    yield
+    with trainable_format(model):
+        yield
     for parameter, data in trainable:
         if parameter.dtype != data.dtype:
             parameter.data = data.to(parameter.device)
