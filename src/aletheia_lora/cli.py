@@ -350,6 +350,19 @@ def campaign_report(spec: _Spec, output: _Output = None, as_json: _Json = False)
     _show_campaign(commands.report_of(spec, output), as_json)
 
 
+@campaign.command("export")
+def campaign_export(
+    spec: _Spec,
+    output: _Output = None,
+    bundle: Annotated[Path | None, typer.Option(help="Folder to make; beside the campaign's if left out.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Tables, summary and figures to hand on: no paths, no names of people or machines, no keys."""
+    from .campaign import commands
+
+    _show_campaign(commands.export_of(spec, output, bundle), as_json)
+
+
 @campaign.command("cell", hidden=True)
 def campaign_cell(folder: Path, base: Path) -> None:
     """One attempt at a cell, in the process of its own that a driver starts."""
