@@ -5,10 +5,14 @@ The folder appears whole, when training ended well, or not at all.
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,20 +20,24 @@ import transformers
 import trl
 from transformers import TrainerCallback
 
+from .. import __version__
 from ..adapter import census, shared_copy
 from ..data import TokenizedRows
-from ..errors import ConfigError, DataError, OutputError
-from ..files import check_writable, whole_folder, write_bytes, write_json
+from ..environment import environment
+from ..errors import ConfigError, DataError
+from ..files import check_output, whole_folder, write_bytes, write_json
 from ..placement import input_device
 from ..planning import Plan
 from ..processes import on_main, together, world_size
 from .engine import whole_adapters
+from .model_card import model_card
 from .prefix_cache import DTYPE_NAMES, PrefixCacheOptions, check_lowest
 from .random_state import random_state_kept
 from .rerank import ReRank
 from .trainer import SFTTrainer
 
 FORMAT = "aletheia-train/1"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +102,8 @@ def train_adapter(
     options: TrainOptions,
     *,
     model_name: str = "model",
+    data_name: str = "rows",
+    dataset_id: str | None = None,
     probe_rows: TokenizedRows | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
@@ -108,7 +118,9 @@ def train_adapter(
         rows: Rows to train on.
         output: The folder to make; must not hold anything yet.
         options: Steps, rate, checkpointing.
-        model_name: The base model's name, for the card.
+        model_name: The base model's name, for record and card; of a path its last part is kept.
+        data_name: The name of the rows, likewise.
+        dataset_id: The name of the rows' data set on the Hub, if they came from there.
         probe_rows: Rows to probe on, for ``options.rerank_every``: best those of the plan's probe.
         say: Called with a line of progress now and then.
 
@@ -152,14 +164,9 @@ def train_adapter(
             weights = together(lambda: whole_adapters(trainer.model), "gathering the adapters")
 
             def write() -> dict[str, Any]:
-                record = _record(trained, options, trainer, seconds, rows, model_name)
-                with whole_folder(output) as folder:
-                    trainer.model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-                    tokenizer.save_pretrained(str(folder))
-                    trained.save(folder / "plan.json")
-                    write_json(folder / "record.json", record)
-                    write_bytes(folder / "README.md", model_card(trained, record).encode())
-                return record
+                names = _names(model, model=model_name, data=data_name, dataset_id=dataset_id)
+                record = _record(trained, options, trainer, seconds, rows) | names
+                return _written(output, record, trained, trainer, tokenizer, weights)
 
             return on_main(write, "writing the adapter")
         finally:
@@ -203,17 +210,6 @@ def _rerank(
     return ReRank(plan, rows, every=options.rerank_every, change=options.rerank_change, tokenizer=tokenizer, say=say)
 
 
-def check_output(output: Path) -> None:
-    """Check that the folder can be made and holds nothing yet.
-
-    Raises:
-        OutputError: If not; says which and what to do.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{str(output)!r} exists and is not an empty folder. Choose another, or remove it.")
-    check_writable(output.parent)
-
-
 class _Progress(TrainerCallback):
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -227,13 +223,26 @@ class _Progress(TrainerCallback):
             self.say(f"step {step} of {total}, loss {logs['loss']:.4f}, {left:.0f} s left")
 
 
+def _written(
+    output: Path, record: dict[str, Any], plan: Plan, trainer: SFTTrainer, tokenizer: Any, weights: Any
+) -> dict[str, Any]:
+    """Write the folder; gives the record with the digests of what is in it."""
+    with whole_folder(output) as folder:
+        trainer.model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        tokenizer.save_pretrained(str(folder))
+        plan.save(folder / "plan.json")
+        whole = record | _digests(folder)
+        write_json(folder / "record.json", whole)
+        write_bytes(folder / "README.md", model_card(plan, whole).encode())
+    return whole
+
+
 def _record(
-    plan: Plan, options: TrainOptions, trainer: SFTTrainer, seconds: float, rows: TokenizedRows, model_name: str
+    plan: Plan, options: TrainOptions, trainer: SFTTrainer, seconds: float, rows: TokenizedRows
 ) -> dict[str, Any]:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "format": FORMAT,
-        "model": model_name,
         "fingerprint": plan.anatomy.fingerprint,
         "adapter": plan.options.adapter,
         "layers": list(plan.selection.layers),
@@ -259,27 +268,30 @@ def _record(
         "prefix_cache": trainer.prefix_cache_record,
         "rerank": next((c.record() for c in trainer.callback_handler.callbacks if isinstance(c, ReRank)), None),
         "losses": losses,
+        "environment": {"aletheia-lora": __version__, **environment()},
     }
 
 
-def model_card(plan: Plan, record: dict[str, Any]) -> str:
-    """The adapter's README: which layers, why, and what was measured."""
-    losses, adapter = record["losses"], record["adapter"]
-    return f"""---
-library_name: peft
-base_model: {record["model"]}
-tags: [{adapter}, aletheia-lora]
----
+def _names(loaded: Any, **names: str | None) -> dict[str, Any]:
+    """What model and rows are called, never by a path, and the revision of a model that came from the Hub."""
+    from_hub = getattr(loaded, "name_or_path", None) == names["model"]
+    return {
+        **{what: None if name is None else _without_folders(name) for what, name in names.items()},
+        "revision": getattr(loaded.config, "_commit_hash", None) if from_hub else None,
+    }
 
-# {"LoRA" if adapter == "lora" else adapter} adapter on {len(plan.selection.layers)} of {plan.anatomy.num_layers} layers
 
-{plan.selection.describe()}.
+def _without_folders(name: str) -> str:
+    """A name on the Hub as it is; of anything else, which may be a path, the last part."""
+    return name if HUB_NAME.fullmatch(name) and not os.path.exists(name) else Path(name).name
 
-- strategy {plan.options.strategy} on score {plan.options.score}; ranks {plan.options.allocation}
-- {plan.trainable_params:,} trainable weights in {len(plan.ranks)} modules, found there by census before the first step
-- backward stopped at layer {record["lowest_backward_layer"]} (measured)
-- {record["options"]["steps"]} steps in {record["seconds"]:.0f} s; loss {losses[0]:.4f} first, {losses[-1]:.4f} last
-- load with `peft.PeftModel.from_pretrained`; `plan.json` and `record.json` beside this file hold the rest
 
-Whether another choice of layers would have done better is not shown here: `aletheia compare` measures that.
-"""
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights, and of the configuration without the base model's name, which may be a path."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config.pop("base_model_name_or_path", None)
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return {
+        "weights_sha256": sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "config_sha256": sha256(text.encode()).hexdigest(),
+    }
