@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from .rows import load_rows
 from .run_config import GROUPS, RunConfig
 from .scores import SCORES, layer_scores
 from .selection import STRATEGIES
+from .training.checkpoint import checkpoints_of, kept_plan
 from .training.push import check_can_push, push
 from .training.run import TrainOptions, train_adapter
 
@@ -165,7 +167,8 @@ def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
         raise ConfigError("output is missing: say which folder to write the adapter to, e.g. --output my-adapter.")
     output = config.output
     on_main(lambda: check_output(output), "looking at the output folder")
-    options, given = TrainOptions(**config.subset(TrainOptions)), _given_plan(config)
+    options = TrainOptions(**config.subset(TrainOptions))
+    given = _plan_to_go_on_with(config, output, _given_plan(config))
     repository = _repository(config, output)
     model, tokenizer, parts = _model_and_data(config, say)
     made = _plan(config, say, given, model, tokenizer, parts)
@@ -187,6 +190,25 @@ def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
         say(f"pushing to {repository}")
         pushed = on_main(lambda: push(output, repository, private=config.private), "pushing the adapter")
     return {**record, "text": str(made), "output": str(output), "pushed": pushed}
+
+
+def _plan_to_go_on_with(config: RunConfig, output: Path, given: Plan | None) -> Plan | None:
+    """The plan that was given; else that of a run which was cut off, and which the same command goes on with.
+
+    Raises:
+        ConfigError: If that run was told otherwise; says what differs.
+    """
+    kept = kept_plan(output) if config.checkpoint_every is not None else None
+    if given is not None or kept is None:
+        return given
+    had, wanted = asdict(kept.options), asdict(_plan_options(config))
+    changed = [f"{key}: {had[key]} -> {wanted[key]}" for key in had if had[key] != wanted[key]]
+    if changed:
+        raise ConfigError(
+            f"{str(checkpoints_of(output))!r} holds checkpoints of another run ({'; '.join(changed)}). Run the same "
+            "command again, or remove the folder to start over."
+        )
+    return kept
 
 
 def _repository(config: RunConfig, output: Path) -> str | None:

@@ -5,12 +5,13 @@ The folder appears whole, when training ended well, or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +29,8 @@ from ..errors import ConfigError, DataError
 from ..files import check_output, whole_folder, write_bytes, write_json
 from ..placement import input_device
 from ..planning import Plan
-from ..processes import on_main, together, world_size
+from ..processes import digest, on_main, together, world_size
+from .checkpoint import Checkpoints
 from .engine import whole_adapters
 from .model_card import model_card
 from .prefix_cache import DTYPE_NAMES, PrefixCacheOptions, check_lowest
@@ -64,6 +66,8 @@ class TrainOptions:
     """Probe again every so many steps and report how the ranking of layers moves; None: never."""
     rerank_change: bool = False
     """Train the layers that the plan's rule chooses then."""
+    checkpoint_every: int | None = None
+    """Keep a checkpoint beside the output every so many steps, for the same call to go on from; None: never."""
     seed: int = 0
     """Seed of the adapters' start and of the order of rows."""
 
@@ -78,8 +82,16 @@ class TrainOptions:
             raise ConfigError(
                 f"prefix_cache_dtype={self.prefix_cache_dtype!r}, expected one of {', '.join(DTYPE_NAMES)}."
             )
-        if self.rerank_every is not None and self.rerank_every < 1:
-            raise ConfigError(f"rerank_every={self.rerank_every}, expected at least 1.")
+        for name in ("rerank_every", "checkpoint_every"):
+            if (every := getattr(self, name)) is not None and every < 1:
+                raise ConfigError(f"{name}={every}, expected at least 1.")
+        if self.checkpoint_every is not None and self.rerank_every is not None:
+            raise ConfigError("checkpoint_every keeps nothing of what rerank_every finds. Leave out one of the two.")
+        if self.checkpoint_every is not None and self.prefix_cache:
+            raise ConfigError(
+                "a run that goes on from a checkpoint fills the prefix cache anew, from other batches, and so ends "
+                "equal to rounding only. Leave out checkpoint_every or prefix_cache."
+            )
         if self.rerank_every is None and self.rerank_change:
             raise ConfigError("rerank_change was given without rerank_every. Say after how many steps to probe again.")
         if self.rerank_every is not None and self.prefix_cache:
@@ -139,11 +151,12 @@ def train_adapter(
     if options.prefix_cache:
         check_lowest(plan.selection.lowest)
     rerank = _rerank(plan, options, probe_rows, tokenizer, say)
+    checkpoints = _checkpoints(model, plan, rows, output, options, say)
     needed = options.batch_size * world_size()
     if len(rows) < needed:
         raise DataError(f"{len(rows)} rows are fewer than a batch of {needed}. Add rows or lower batch_size.")
-    with random_state_kept(), tempfile.TemporaryDirectory() as scratch:
-        args = _arguments(options, scratch, use_cpu=input_device(model).type == "cpu")
+    with random_state_kept(), _place(checkpoints) as folder:
+        args = _arguments(options, folder, use_cpu=input_device(model).type == "cpu")
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             trainer = SFTTrainer(
@@ -153,20 +166,19 @@ def train_adapter(
                 train_dataset=rows,
                 processing_class=tokenizer,
                 prefix_cache=_prefix_cache(options, say),
-                callbacks=[] if rerank is None else [rerank],
+                callbacks=[*filter(None, (rerank, checkpoints))],
             )
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.add_callback(_Progress(say))
             started = time.perf_counter()
-            trainer.train()
+            trainer.train(resume_from_checkpoint=None if checkpoints is None else checkpoints.newest())
             seconds = time.perf_counter() - started
-            trained = trainer.plan
             weights = together(lambda: whole_adapters(trainer.model), "gathering the adapters")
 
             def write() -> dict[str, Any]:
                 names = _names(model, model=model_name, data=data_name, dataset_id=dataset_id)
-                record = _record(trained, options, trainer, seconds, rows) | names
-                return _written(output, record, trained, trainer, tokenizer, weights)
+                record = _record(trainer, options, seconds, rows) | names
+                return _written(output, record, trainer, tokenizer, weights)
 
             return on_main(write, "writing the adapter")
         finally:
@@ -186,7 +198,8 @@ def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTC
         bf16=False,
         max_length=None,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="no" if options.checkpoint_every is None else "steps",
+        save_steps=options.checkpoint_every or 1,
         report_to=[],
         disable_tqdm=True,
         seed=options.seed,
@@ -210,6 +223,33 @@ def _rerank(
     return ReRank(plan, rows, every=options.rerank_every, change=options.rerank_change, tokenizer=tokenizer, say=say)
 
 
+def _checkpoints(
+    model: Any, plan: Plan, rows: TokenizedRows, output: Path, options: TrainOptions, say: Callable[[str], None]
+) -> Checkpoints | None:
+    if options.checkpoint_every is None:
+        return None
+    if world_size() > 1:
+        raise ConfigError(f"checkpoint_every is for one process, but {world_size()} were launched. Leave it out.")
+    identity = {
+        **{name: str(getattr(options, name)) for name in options.__dataclass_fields__ if name != "checkpoint_every"},
+        "rows": rows.digest,
+        "model": digest(model.named_parameters(), most=64),
+        **environment(),
+    }
+    return Checkpoints(output, plan, identity, say)
+
+
+@contextlib.contextmanager
+def _place(checkpoints: Checkpoints | None) -> Iterator[str]:
+    """Where Trainer writes: the folder of checkpoints, which goes when all went well, or one that always goes."""
+    if checkpoints is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield scratch
+    else:
+        yield str(checkpoints.folder)
+        checkpoints.remove()
+
+
 class _Progress(TrainerCallback):
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -223,23 +263,21 @@ class _Progress(TrainerCallback):
             self.say(f"step {step} of {total}, loss {logs['loss']:.4f}, {left:.0f} s left")
 
 
-def _written(
-    output: Path, record: dict[str, Any], plan: Plan, trainer: SFTTrainer, tokenizer: Any, weights: Any
-) -> dict[str, Any]:
+def _written(output: Path, record: dict[str, Any], trainer: SFTTrainer, tokenizer: Any, weights: Any) -> dict[str, Any]:
     """Write the folder; gives the record with the digests of what is in it."""
     with whole_folder(output) as folder:
         trainer.model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         tokenizer.save_pretrained(str(folder))
-        plan.save(folder / "plan.json")
+        trainer.plan.save(folder / "plan.json")
         whole = record | _digests(folder)
         write_json(folder / "record.json", whole)
-        write_bytes(folder / "README.md", model_card(plan, whole).encode())
+        write_bytes(folder / "README.md", model_card(trainer.plan, whole).encode())
     return whole
 
 
-def _record(
-    plan: Plan, options: TrainOptions, trainer: SFTTrainer, seconds: float, rows: TokenizedRows
-) -> dict[str, Any]:
+def _record(trainer: SFTTrainer, options: TrainOptions, seconds: float, rows: TokenizedRows) -> dict[str, Any]:
+    plan, callbacks = trainer.plan, trainer.callback_handler.callbacks
+    before = next((callback for callback in callbacks if isinstance(callback, Checkpoints)), None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "format": FORMAT,
@@ -254,7 +292,8 @@ def _record(
         },
         "train_rows": len(rows),
         "train_digest": rows.digest,
-        "seconds": seconds,
+        "seconds": seconds + (0.0 if before is None else before.seconds),
+        "resumed_from": 0 if before is None else before.resumed_from,
         "probe_seconds": plan.probe.seconds if plan.probe is not None else None,
         "lowest_backward_layer": trainer.lowest_backward_layer,
         "dead_adapters": trainer.dead_adapters,
@@ -266,7 +305,7 @@ def _record(
             "limits": trainer.engine_limits,
         },
         "prefix_cache": trainer.prefix_cache_record,
-        "rerank": next((c.record() for c in trainer.callback_handler.callbacks if isinstance(c, ReRank)), None),
+        "rerank": next((c.record() for c in callbacks if isinstance(c, ReRank)), None),
         "losses": losses,
         "environment": {"aletheia-lora": __version__, **environment()},
     }
