@@ -22,6 +22,8 @@ NAME = PACKAGE.name
 ROOMS = (
     "errors",
     "files",
+    "privacy",
+    "environment",
     "processes",
     "statistics",
     "layers",

@@ -140,7 +140,7 @@ def peak_bytes(index, device):
 
 def measure(arguments):
     """All choices in turns for time, each in a fresh process for memory; one record a choice."""
-    from aletheia_lora.comparison.record import environment
+    from aletheia_lora.environment import environment
 
     chosen = list(range(len(CHOICES)))[: arguments.choices]
     model, rows = prepared(arguments.device)

@@ -114,7 +114,7 @@ class Bench:
 
     def environment(self) -> dict[str, str]:
         """Versions and hardware."""
-        from aletheia_lora.comparison.record import environment
+        from aletheia_lora.environment import environment
 
         return environment()
 

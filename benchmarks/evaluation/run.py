@@ -28,7 +28,7 @@ def main():
     records_file = options.output / "records.jsonl"
     if not options.print:
         sys.path.insert(0, str(CHECKOUT / "src"))
-        from aletheia_lora.comparison.record import environment
+        from aletheia_lora.environment import environment
 
         options.output.mkdir(parents=True, exist_ok=True)
         with records_file.open("w") as stream:

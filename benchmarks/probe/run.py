@@ -125,7 +125,7 @@ def main() -> None:
         return
     if not options.print:
         sys.path.insert(0, str(CHECKOUT / "src"))
-        from aletheia_lora.comparison.record import environment
+        from aletheia_lora.environment import environment
 
         environ = {**os.environ, "REFERENCE": str(options.reference.resolve())}
         records = []

@@ -111,7 +111,7 @@ def main() -> None:
                     stream.write(json.dumps(record) + "\n")
                     stream.flush()
         sys.path.insert(0, str(CHECKOUT / "src"))
-        from aletheia_lora.comparison.record import environment
+        from aletheia_lora.environment import environment
 
         (HERE / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     print(table([json.loads(line) for line in (HERE / "records.jsonl").read_text().splitlines()]))

@@ -199,7 +199,7 @@ def main() -> None:
             sys.path.append(str(arguments.packages))
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        from aletheia_lora.comparison.record import environment
+        from aletheia_lora.environment import environment
 
         with (HERE / "records.jsonl").open("a", encoding="utf-8") as stream:
 

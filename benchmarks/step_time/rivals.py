@@ -27,10 +27,10 @@ from aletheia_lora.anatomy import ModelAnatomy
 from aletheia_lora.calibration import measured_rate
 from aletheia_lora.campaign.baselines import prepared
 from aletheia_lora.comparison.arms import Arm, CompareOptions
-from aletheia_lora.comparison.record import environment
 from aletheia_lora.comparison.runs import frozen_weights_put_back, run_of
 from aletheia_lora.cost import BACKWARD_PENALTY, HEAD_PENALTY, CostModel, StepShape, cost_model
 from aletheia_lora.data import TokenizedRows, split
+from aletheia_lora.environment import environment
 from aletheia_lora.errors import AletheiaError
 from aletheia_lora.planning import Plan, mean_ranks
 from aletheia_lora.probe_result import ProbeResult

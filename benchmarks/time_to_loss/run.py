@@ -19,9 +19,9 @@ from training_methods import NEED_PROBE, Setup, embedded_setup, method_plan, pro
 
 from aletheia_lora.anatomy import ModelAnatomy, anatomy
 from aletheia_lora.comparison.arms import Arm, CompareOptions
-from aletheia_lora.comparison.record import environment
 from aletheia_lora.comparison.runs import frozen_weights_put_back, run_of
 from aletheia_lora.data import Parts, TokenizedRows, batches, split
+from aletheia_lora.environment import environment
 from aletheia_lora.errors import AletheiaError, ConfigError
 from aletheia_lora.loss import heldout_loss
 from aletheia_lora.planning import Plan, mean_ranks

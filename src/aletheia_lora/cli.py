@@ -188,6 +188,8 @@ def _show_train(record: dict[str, Any]) -> None:
     print(f"{record['options']['steps']} steps in {record['seconds']:.0f} s, last loss {record['losses'][-1]:.4f}")
     print(f"backward stopped at layer {record['lowest_backward_layer']} (measured)")
     print(f"wrote {record['output']}")
+    if record["pushed"] is not None:
+        print(f"pushed to {record['pushed']}")
 
 
 def _show_compare(record: dict[str, Any]) -> None:
@@ -245,7 +247,7 @@ _command(
 _command(
     "train",
     "Train an adapter by plan; --output FOLDER takes it.",
-    ("model", *_PLANNING, "adapter", "step", "checkpointing", "caching", "train", "train_only", "output"),
+    ("model", *_PLANNING, "adapter", "step", "checkpointing", "caching", "train", "train_only", "push", "output"),
     ("model", "data"),
     "run_train",
     _show_train,
@@ -348,6 +350,19 @@ def campaign_report(spec: _Spec, output: _Output = None, as_json: _Json = False)
     from .campaign import commands
 
     _show_campaign(commands.report_of(spec, output), as_json)
+
+
+@campaign.command("export")
+def campaign_export(
+    spec: _Spec,
+    output: _Output = None,
+    bundle: Annotated[Path | None, typer.Option(help="Folder to make; beside the campaign's if left out.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Tables, summary and figures to hand on: no paths, no names of people or machines, no keys."""
+    from .campaign import commands
+
+    _show_campaign(commands.export_of(spec, output, bundle), as_json)
 
 
 @campaign.command("cell", hidden=True)

@@ -14,6 +14,7 @@ classes below are for what a caller may want to tell apart::
     ├── ProcessError            processes that work together differ, or another one of them failed
     ├── SandboxError            generated code cannot be contained here, so none of it is run
     ├── OutputError             a file or folder cannot be written
+    ├── PrivacyError            what is about to leave this machine holds a path, a name or a key
     └── ConfigError             an unknown or ill-typed key in a configuration file or flag
 """
 
@@ -65,6 +66,10 @@ class SandboxError(AletheiaError, RuntimeError):
 
 class OutputError(AletheiaError, OSError):
     """A file or folder that cannot be written."""
+
+
+class PrivacyError(AletheiaError, ValueError):
+    """What is about to leave this machine holds something that must not; nothing left."""
 
 
 class ConfigError(AletheiaError, ValueError):

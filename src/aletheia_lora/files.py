@@ -35,6 +35,17 @@ def check_writable(folder: Path) -> Path:
     return folder
 
 
+def check_output(output: Path) -> None:
+    """Check that the folder can be made and holds nothing yet.
+
+    Raises:
+        OutputError: If not; says which and what to do.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{str(output)!r} exists and is not an empty folder. Choose another, or remove it.")
+    check_writable(output.parent)
+
+
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write ``content`` to ``path`` so that a crash leaves the old file or the new one, never a part.
 

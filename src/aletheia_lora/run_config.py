@@ -58,7 +58,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "prefix_cache_dtype",
         "rerank_every",
         "rerank_change",
+        "checkpoint_every",
     ),
+    "push": ("push_to_hub", "private"),
     "compare": ("uniform_learning_rate", "timed_steps", "evaluations", "controls", "matched_time"),
     "forgetting": ("eval", "margin", "loss_margin"),
     "evaluate": ("adapters", "tasks", "any_base"),
@@ -132,6 +134,9 @@ class RunConfig(BaseModel):
     prefix_cache_dtype: Literal["model", "bfloat16"] = Field("model", description="Keep it exactly, or in bfloat16.")
     rerank_every: int | None = Field(None, ge=1, description="Probe again every so many steps; report the ranking.")
     rerank_change: bool = Field(False, description="Train the layers that are chosen then.")
+    checkpoint_every: int | None = Field(None, ge=1, description="Keep checkpoints for a run that is cut off.")
+    push_to_hub: str | None = Field(None, description="Push the adapter to this repository, e.g. me/my-adapter.")
+    private: bool = Field(False, description="Make that repository a private one.")
     uniform_learning_rate: float | None = Field(None, gt=0, description="Uniform LoRA's own peak learning rate.")
     timed_steps: int = Field(8, ge=1, description="Steps of runs that are there for their time only.")
     evaluations: int = Field(4, ge=1, description="Held-out evaluations along a run.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .data import Parts, TokenizedRows, split, tokenize
 from .embedded import load_embedded_model, split_by_module, standard_library_rows
 from .errors import ConfigError, UnsupportedModelError, nearest
 from .evaluation.evaluate import EvaluationOptions, Prepared, evaluate, prepare
-from .files import check_writable, write_bytes, write_json
+from .files import check_output, check_writable, write_bytes, write_json
 from .memory import device_memory, parse_bytes, without_contents
 from .methods import METHODS
 from .outlook import OutlookOptions, auto_class, model_from_config, outlook, outlook_text
@@ -39,7 +40,9 @@ from .rows import load_rows
 from .run_config import GROUPS, RunConfig
 from .scores import SCORES, layer_scores
 from .selection import STRATEGIES
-from .training.run import TrainOptions, check_output, train_adapter
+from .training.checkpoint import checkpoints_of, kept_plan
+from .training.push import check_can_push, push
+from .training.run import TrainOptions, train_adapter
 
 Say = Callable[[str], None]
 EMBEDDED = "embedded"
@@ -153,12 +156,20 @@ def preview_plan(config: RunConfig, say: Say) -> dict[str, Any]:
 
 
 def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
-    """Train the planned adapters and write the adapter folder."""
+    """Train the planned adapters and write the adapter folder; push a copy of it if that was asked for.
+
+    Raises:
+        ConfigError: If there is no output folder, or the repository cannot be the one that was asked for.
+        OutputError: If the folder cannot be written or the repository not pushed to; found out before training, as far
+            as it can be.
+    """
     if config.output is None:
         raise ConfigError("output is missing: say which folder to write the adapter to, e.g. --output my-adapter.")
     output = config.output
     on_main(lambda: check_output(output), "looking at the output folder")
-    options, given = TrainOptions(**config.subset(TrainOptions)), _given_plan(config)
+    options = TrainOptions(**config.subset(TrainOptions))
+    given = _plan_to_go_on_with(config, output, _given_plan(config))
+    repository = _repository(config, output)
     model, tokenizer, parts = _model_and_data(config, say)
     made = _plan(config, say, given, model, tokenizer, parts)
     record = train_adapter(
@@ -169,10 +180,45 @@ def run_train(config: RunConfig, say: Say) -> dict[str, Any]:
         output,
         options,
         model_name=_shown(config, "model"),
+        data_name=_shown(config, "data"),
+        dataset_id=None if config.data == EMBEDDED or Path(config.data).exists() else config.data,
         probe_rows=parts.probe,
         say=say,
     )
-    return {**record, "text": str(made), "output": str(output)}
+    pushed = None
+    if repository is not None:
+        say(f"pushing to {repository}")
+        pushed = on_main(lambda: push(output, repository, private=config.private), "pushing the adapter")
+    return {**record, "text": str(made), "output": str(output), "pushed": pushed}
+
+
+def _plan_to_go_on_with(config: RunConfig, output: Path, given: Plan | None) -> Plan | None:
+    """The plan that was given; else that of a run which was cut off, and which the same command goes on with.
+
+    Raises:
+        ConfigError: If that run was told otherwise; says what differs.
+    """
+    kept = kept_plan(output) if config.checkpoint_every is not None else None
+    if given is not None or kept is None:
+        return given
+    had, wanted = asdict(kept.options), asdict(_plan_options(config))
+    changed = [f"{key}: {had[key]} -> {wanted[key]}" for key in had if had[key] != wanted[key]]
+    if changed:
+        raise ConfigError(
+            f"{str(checkpoints_of(output))!r} holds checkpoints of another run ({'; '.join(changed)}). Run the same "
+            "command again, or remove the folder to start over."
+        )
+    return kept
+
+
+def _repository(config: RunConfig, output: Path) -> str | None:
+    """The repository to push to, which is there and can be written; None where nothing is to be pushed."""
+    name = config.push_to_hub
+    if name is None:
+        if config.private:
+            raise ConfigError("private was given without push_to_hub. Say which repository, or leave it out.")
+        return None
+    return on_main(lambda: check_can_push(name, output, private=config.private), "asking the Hub")
 
 
 def run_compare(config: RunConfig, say: Say) -> dict[str, Any]:

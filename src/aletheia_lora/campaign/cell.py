@@ -24,10 +24,10 @@ from torch import Tensor
 from ..anatomy import ModelAnatomy, anatomy
 from ..comparison.arms import Arm, CompareOptions
 from ..comparison.compare import all_batches
-from ..comparison.record import environment
 from ..comparison.runs import run_of
 from ..data import Parts, TokenizedRows, split, tokenize
 from ..embedded import split_by_module, standard_library_rows
+from ..environment import environment
 from ..errors import NonFiniteLossError
 from ..evaluation.adapters import adapter_digest
 from ..files import whole_folder, write_json

@@ -91,6 +91,18 @@ def report_of(path: Path, output: Path | None) -> dict[str, Any]:
     return {**tables(folder), "text": text}
 
 
+def export_of(path: Path, output: Path | None, bundle: Path | None) -> dict[str, Any]:
+    """The bundle of evidence, beside the campaign's folder where nothing else is said."""
+    from .export import export  # late: it draws
+
+    folder = campaign_folder(path, output)
+    whole = folder.absolute()
+    target = whole.with_name(f"{whole.name}-evidence") if bundle is None else bundle
+    files = export(folder, target, path.parent)
+    text = "\n".join([f"wrote {target}", *(f"{digest}  {name}" for name, digest in sorted(files.items()))])
+    return {"bundle": str(target), "files": files, "text": text}
+
+
 def _options(given: Sequence[str]) -> dict[str, Any]:
     """``key=value`` as a mapping; values are read as YAML, so that 1 is a number."""
     options = {}

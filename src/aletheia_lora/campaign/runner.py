@@ -75,6 +75,14 @@ def driver_of(folder: Path) -> str:
         return "unknown"
 
 
+def driver_host(folder: Path) -> str:
+    """The machine that the last driver ran on; empty where nothing tells."""
+    try:
+        return str(json.loads((folder / "driver.lock").read_text())["host"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def pin(spec: Mapping[str, Any], folder: Path, *, accept_change: bool) -> None:
     """Keep the resolved spec, or compare it with the one that is kept.
 

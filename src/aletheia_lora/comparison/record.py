@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
-import torch
-
 from ..data import TokenizedRows
+from ..environment import environment
 from ..planning import Plan
 from .arms import Arm, CompareOptions
 
@@ -124,15 +120,3 @@ def _paired_seconds(arm: Arm, uniform: Arm) -> float:
     first = 1 if shared > 1 else 0
     ratio = median(arm.step_seconds[first:shared]) / median(uniform.step_seconds[first:shared])
     return ratio * median(uniform.step_seconds[first:])
-
-
-def environment() -> dict[str, str]:
-    """Versions and hardware, without names of hosts, users or folders."""
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    packages = ("torch", "transformers", "peft", "trl", "accelerate")
-    return {
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        "threads": str(torch.get_num_threads()),
-        "device": device,
-    }

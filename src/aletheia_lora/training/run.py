@@ -5,10 +5,15 @@ The folder appears whole, when training ended well, or not at all.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,20 +21,25 @@ import transformers
 import trl
 from transformers import TrainerCallback
 
+from .. import __version__
 from ..adapter import census, shared_copy
 from ..data import TokenizedRows
-from ..errors import ConfigError, DataError, OutputError
-from ..files import check_writable, whole_folder, write_bytes, write_json
+from ..environment import environment
+from ..errors import ConfigError, DataError
+from ..files import check_output, whole_folder, write_bytes, write_json
 from ..placement import input_device
 from ..planning import Plan
-from ..processes import on_main, together, world_size
+from ..processes import digest, on_main, together, world_size
+from .checkpoint import Checkpoints
 from .engine import whole_adapters
+from .model_card import model_card
 from .prefix_cache import DTYPE_NAMES, PrefixCacheOptions, check_lowest
 from .random_state import random_state_kept
 from .rerank import ReRank
 from .trainer import SFTTrainer
 
 FORMAT = "aletheia-train/1"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +66,8 @@ class TrainOptions:
     """Probe again every so many steps and report how the ranking of layers moves; None: never."""
     rerank_change: bool = False
     """Train the layers that the plan's rule chooses then."""
+    checkpoint_every: int | None = None
+    """Keep a checkpoint beside the output every so many steps, for the same call to go on from; None: never."""
     seed: int = 0
     """Seed of the adapters' start and of the order of rows."""
 
@@ -70,8 +82,16 @@ class TrainOptions:
             raise ConfigError(
                 f"prefix_cache_dtype={self.prefix_cache_dtype!r}, expected one of {', '.join(DTYPE_NAMES)}."
             )
-        if self.rerank_every is not None and self.rerank_every < 1:
-            raise ConfigError(f"rerank_every={self.rerank_every}, expected at least 1.")
+        for name in ("rerank_every", "checkpoint_every"):
+            if (every := getattr(self, name)) is not None and every < 1:
+                raise ConfigError(f"{name}={every}, expected at least 1.")
+        if self.checkpoint_every is not None and self.rerank_every is not None:
+            raise ConfigError("checkpoint_every keeps nothing of what rerank_every finds. Leave out one of the two.")
+        if self.checkpoint_every is not None and self.prefix_cache:
+            raise ConfigError(
+                "a run that goes on from a checkpoint fills the prefix cache anew, from other batches, and so ends "
+                "equal to rounding only. Leave out checkpoint_every or prefix_cache."
+            )
         if self.rerank_every is None and self.rerank_change:
             raise ConfigError("rerank_change was given without rerank_every. Say after how many steps to probe again.")
         if self.rerank_every is not None and self.prefix_cache:
@@ -94,6 +114,8 @@ def train_adapter(
     options: TrainOptions,
     *,
     model_name: str = "model",
+    data_name: str = "rows",
+    dataset_id: str | None = None,
     probe_rows: TokenizedRows | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
@@ -108,7 +130,9 @@ def train_adapter(
         rows: Rows to train on.
         output: The folder to make; must not hold anything yet.
         options: Steps, rate, checkpointing.
-        model_name: The base model's name, for the card.
+        model_name: The base model's name, for record and card; of a path its last part is kept.
+        data_name: The name of the rows, likewise.
+        dataset_id: The name of the rows' data set on the Hub, if they came from there.
         probe_rows: Rows to probe on, for ``options.rerank_every``: best those of the plan's probe.
         say: Called with a line of progress now and then.
 
@@ -127,11 +151,12 @@ def train_adapter(
     if options.prefix_cache:
         check_lowest(plan.selection.lowest)
     rerank = _rerank(plan, options, probe_rows, tokenizer, say)
+    checkpoints = _checkpoints(model, plan, rows, output, options, say)
     needed = options.batch_size * world_size()
     if len(rows) < needed:
         raise DataError(f"{len(rows)} rows are fewer than a batch of {needed}. Add rows or lower batch_size.")
-    with random_state_kept(), tempfile.TemporaryDirectory() as scratch:
-        args = _arguments(options, scratch, use_cpu=input_device(model).type == "cpu")
+    with random_state_kept(), _place(checkpoints) as folder:
+        args = _arguments(options, folder, use_cpu=input_device(model).type == "cpu")
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             trainer = SFTTrainer(
@@ -141,25 +166,19 @@ def train_adapter(
                 train_dataset=rows,
                 processing_class=tokenizer,
                 prefix_cache=_prefix_cache(options, say),
-                callbacks=[] if rerank is None else [rerank],
+                callbacks=[*filter(None, (rerank, checkpoints))],
             )
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.add_callback(_Progress(say))
             started = time.perf_counter()
-            trainer.train()
+            trainer.train(resume_from_checkpoint=None if checkpoints is None else checkpoints.newest())
             seconds = time.perf_counter() - started
-            trained = trainer.plan
             weights = together(lambda: whole_adapters(trainer.model), "gathering the adapters")
 
             def write() -> dict[str, Any]:
-                record = _record(trained, options, trainer, seconds, rows, model_name)
-                with whole_folder(output) as folder:
-                    trainer.model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-                    tokenizer.save_pretrained(str(folder))
-                    trained.save(folder / "plan.json")
-                    write_json(folder / "record.json", record)
-                    write_bytes(folder / "README.md", model_card(trained, record).encode())
-                return record
+                names = _names(model, model=model_name, data=data_name, dataset_id=dataset_id)
+                record = _record(trainer, options, seconds, rows) | names
+                return _written(output, record, trainer, tokenizer, weights)
 
             return on_main(write, "writing the adapter")
         finally:
@@ -179,7 +198,8 @@ def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTC
         bf16=False,
         max_length=None,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="no" if options.checkpoint_every is None else "steps",
+        save_steps=options.checkpoint_every or 1,
         report_to=[],
         disable_tqdm=True,
         seed=options.seed,
@@ -203,15 +223,31 @@ def _rerank(
     return ReRank(plan, rows, every=options.rerank_every, change=options.rerank_change, tokenizer=tokenizer, say=say)
 
 
-def check_output(output: Path) -> None:
-    """Check that the folder can be made and holds nothing yet.
+def _checkpoints(
+    model: Any, plan: Plan, rows: TokenizedRows, output: Path, options: TrainOptions, say: Callable[[str], None]
+) -> Checkpoints | None:
+    if options.checkpoint_every is None:
+        return None
+    if world_size() > 1:
+        raise ConfigError(f"checkpoint_every is for one process, but {world_size()} were launched. Leave it out.")
+    identity = {
+        **{name: str(getattr(options, name)) for name in options.__dataclass_fields__ if name != "checkpoint_every"},
+        "rows": rows.digest,
+        "model": digest(model.named_parameters(), most=64),
+        **environment(),
+    }
+    return Checkpoints(output, plan, identity, say)
 
-    Raises:
-        OutputError: If not; says which and what to do.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{str(output)!r} exists and is not an empty folder. Choose another, or remove it.")
-    check_writable(output.parent)
+
+@contextlib.contextmanager
+def _place(checkpoints: Checkpoints | None) -> Iterator[str]:
+    """Where Trainer writes: the folder of checkpoints, which goes when all went well, or one that always goes."""
+    if checkpoints is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield scratch
+    else:
+        yield str(checkpoints.folder)
+        checkpoints.remove()
 
 
 class _Progress(TrainerCallback):
@@ -227,13 +263,24 @@ class _Progress(TrainerCallback):
             self.say(f"step {step} of {total}, loss {logs['loss']:.4f}, {left:.0f} s left")
 
 
-def _record(
-    plan: Plan, options: TrainOptions, trainer: SFTTrainer, seconds: float, rows: TokenizedRows, model_name: str
-) -> dict[str, Any]:
+def _written(output: Path, record: dict[str, Any], trainer: SFTTrainer, tokenizer: Any, weights: Any) -> dict[str, Any]:
+    """Write the folder; gives the record with the digests of what is in it."""
+    with whole_folder(output) as folder:
+        trainer.model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        tokenizer.save_pretrained(str(folder))
+        trainer.plan.save(folder / "plan.json")
+        whole = record | _digests(folder)
+        write_json(folder / "record.json", whole)
+        write_bytes(folder / "README.md", model_card(trainer.plan, whole).encode())
+    return whole
+
+
+def _record(trainer: SFTTrainer, options: TrainOptions, seconds: float, rows: TokenizedRows) -> dict[str, Any]:
+    plan, callbacks = trainer.plan, trainer.callback_handler.callbacks
+    before = next((callback for callback in callbacks if isinstance(callback, Checkpoints)), None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "format": FORMAT,
-        "model": model_name,
         "fingerprint": plan.anatomy.fingerprint,
         "adapter": plan.options.adapter,
         "layers": list(plan.selection.layers),
@@ -245,7 +292,8 @@ def _record(
         },
         "train_rows": len(rows),
         "train_digest": rows.digest,
-        "seconds": seconds,
+        "seconds": seconds + (0.0 if before is None else before.seconds),
+        "resumed_from": 0 if before is None else before.resumed_from,
         "probe_seconds": plan.probe.seconds if plan.probe is not None else None,
         "lowest_backward_layer": trainer.lowest_backward_layer,
         "dead_adapters": trainer.dead_adapters,
@@ -257,29 +305,32 @@ def _record(
             "limits": trainer.engine_limits,
         },
         "prefix_cache": trainer.prefix_cache_record,
-        "rerank": next((c.record() for c in trainer.callback_handler.callbacks if isinstance(c, ReRank)), None),
+        "rerank": next((c.record() for c in callbacks if isinstance(c, ReRank)), None),
         "losses": losses,
+        "environment": {"aletheia-lora": __version__, **environment()},
     }
 
 
-def model_card(plan: Plan, record: dict[str, Any]) -> str:
-    """The adapter's README: which layers, why, and what was measured."""
-    losses, adapter = record["losses"], record["adapter"]
-    return f"""---
-library_name: peft
-base_model: {record["model"]}
-tags: [{adapter}, aletheia-lora]
----
+def _names(loaded: Any, **names: str | None) -> dict[str, Any]:
+    """What model and rows are called, never by a path, and the revision of a model that came from the Hub."""
+    from_hub = getattr(loaded, "name_or_path", None) == names["model"]
+    return {
+        **{what: None if name is None else _without_folders(name) for what, name in names.items()},
+        "revision": getattr(loaded.config, "_commit_hash", None) if from_hub else None,
+    }
 
-# {"LoRA" if adapter == "lora" else adapter} adapter on {len(plan.selection.layers)} of {plan.anatomy.num_layers} layers
 
-{plan.selection.describe()}.
+def _without_folders(name: str) -> str:
+    """A name on the Hub as it is; of anything else, which may be a path, the last part."""
+    return name if HUB_NAME.fullmatch(name) and not os.path.exists(name) else Path(name).name
 
-- strategy {plan.options.strategy} on score {plan.options.score}; ranks {plan.options.allocation}
-- {plan.trainable_params:,} trainable weights in {len(plan.ranks)} modules, found there by census before the first step
-- backward stopped at layer {record["lowest_backward_layer"]} (measured)
-- {record["options"]["steps"]} steps in {record["seconds"]:.0f} s; loss {losses[0]:.4f} first, {losses[-1]:.4f} last
-- load with `peft.PeftModel.from_pretrained`; `plan.json` and `record.json` beside this file hold the rest
 
-Whether another choice of layers would have done better is not shown here: `aletheia compare` measures that.
-"""
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights, and of the configuration without the base model's name, which may be a path."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config.pop("base_model_name_or_path", None)
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return {
+        "weights_sha256": sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "config_sha256": sha256(text.encode()).hexdigest(),
+    }

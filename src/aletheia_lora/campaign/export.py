@@ -1,0 +1,286 @@
+"""A campaign's folder -> a bundle of evidence that can be handed on: tables, a summary, figures, and what they mean.
+
+Made from the records alone. What goes in is named here, column by column and key by key; whatever else a record holds
+stays behind. Reasons of failed cells are told without paths and names, and a last look refuses what is still private.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..files import check_output, whole_folder
+from ..privacy import Private, check_nothing_private, private_here, without_paths
+from .methods import Method
+from .records import CellFolder
+from .report import csv_text, tables
+from .runner import driver_host
+from .spec import LIBRARIES, Margins, canonical, cells
+from .status import pinned_spec
+
+FORMAT = "aletheia-evidence/1"
+SUMMARY, README = "summary.json", "README.md"
+RUN_COLUMNS = {
+    "cell": "start of the SHA-256 of everything that the result depends on",
+    "model": "name of the base model",
+    "task": "name of the data that was learned: the domain",
+    "method": "how layers, ranks and trainer were chosen; the spec in summary.json says it in full",
+    "match": "`steps`: as many optimizer steps as every other method; `time`: as many as fit in the predicted time of "
+    "uniform LoRA",
+    "seed": "seed of the rows, the probe and the adapters' start",
+    "draw": "number of the random choice, for methods that make one",
+    "state": "`done`: it ended and all checks held; everything else is a gap and in no mean",
+    "attempts": "processes that it took; more than one where the machine interrupted it",
+    "num_layers": "layers that carry adapters",
+    "layers": "their numbers, from 0",
+    "learning_rate": "peak learning rate, the best of the method's own grid",
+    "steps": "optimizer steps",
+    "micro_batches": "parts that a step was cut into for want of memory",
+    "lowest_backward_layer": "the layer at which backward was measured to end",
+    "trainable_params": "weights that were trained",
+    "base_heldout_loss": "mean loss of the base model on the held-out rows, in nats per token",
+    "heldout_loss": "the same after training",
+    "base_other_loss": "mean loss of the base model on the other text, in nats per token",
+    "other_loss": "the same after training",
+    "seconds": "wall seconds of the last attempt, loading and looking included",
+    "training_seconds": "wall seconds of all optimizer steps",
+    "median_step_seconds": "median wall seconds of a step, the first left out",
+    "probe_seconds": "wall seconds of the probe; 0 for methods that need none",
+    "rows_digest": "SHA-256 over all rows of the task in their parts; runs that are compared have the same",
+    "fingerprint": "the model's shape",
+    "environment": "number of the entry of `environments` in summary.json",
+    "record_sha256": "SHA-256 of the record that this line was made from",
+    "reason": "why it is no result; paths and names of the machine are left out",
+}
+MEASURES = (
+    "base_heldout_loss",
+    "heldout_loss",
+    "base_other_loss",
+    "other_loss",
+    "trainable_params",
+    "training_seconds",
+    "probe_seconds",
+)
+MEAN_COLUMNS = {
+    "n": "runs in the means",
+    "of": "runs that were asked for; where n is smaller, a mean is over others than its neighbour's",
+    **{f"mean_{measure}": f"mean of `{measure}` over these runs" for measure in MEASURES},
+    "gaps": "runs that are in no mean, by state",
+}
+SUMMARIES = {
+    "model_summary.csv": ("model", "match", "method"),
+    "domain_summary.csv": ("task", "match", "method"),
+}
+"""What each summary has a line for; its means are over all that is not named."""
+SPEC_KEYS = (
+    "seeds",
+    "learning_rates",
+    "steps",
+    "grid_steps",
+    "match",
+    "batch_size",
+    "rank",
+    "alpha_ratio",
+    "probe_batches",
+    "probe_batch_size",
+    "train_rows",
+    "validation_rows",
+    "heldout_rows",
+    "evaluations",
+    "other_rows",
+    "prefix_cache",
+)
+MODEL_KEYS = ("name", "dtype", "digest")
+TASK_KEYS = (
+    "name",
+    "split",
+    "prompt_column",
+    "completion_column",
+    "completion_only",
+    "max_length",
+    "max_rows",
+    "digest",
+)
+ENVIRONMENT_KEYS = ("python", *LIBRARIES, "threads", "device")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+Row = dict[str, Any]
+
+
+def export(folder: Path, output: Path, *beside: Path) -> dict[str, str]:
+    """Write the bundle of a campaign's folder, whole or not at all; gives the SHA-256 of each file but the summary.
+
+    Args:
+        folder: The campaign's.
+        output: The folder to make; must not hold anything yet.
+        *beside: Further folders whose names must not get into the bundle.
+
+    Raises:
+        ConfigError: If there is no campaign in the folder.
+        DamagedError: If a record is not what was written.
+        OutputError: If the bundle's folder holds something or cannot be written.
+        PrivacyError: If a file would hold a path, a name of the machine or its user, or something like a key.
+    """
+    check_output(output)
+    words = {word.lower() for word in re.findall(r"\w+", _readme("", []))}
+    private = private_here(folder, output, *beside, names=[driver_host(folder)], known=words)
+    files = bundle(folder, private)
+    check_nothing_private(files, private)
+    with whole_folder(output) as staging:
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+    return {name: sha256(content).hexdigest() for name, content in files.items() if name != SUMMARY}
+
+
+def bundle(folder: Path, private: Private) -> dict[str, bytes]:
+    """The files of the bundle by name, the same for the same records."""
+    spec, made = pinned_spec(folder), tables(folder)
+    runs, environments = _runs(folder, made, private)
+    figures = _figures(folder)
+    files = {
+        "aggregate_runs.csv": _csv(runs, tuple(RUN_COLUMNS)),
+        **{name: _csv(_means(runs, keys), (*keys, *MEAN_COLUMNS)) for name, keys in SUMMARIES.items()},
+        **figures,
+        README: _readme(spec["name"], list(figures)).encode(),
+    }
+    summary = {
+        "format": FORMAT,
+        "name": spec["name"],
+        "spec": _spec(spec),
+        "margins": {key: spec["margins"].get(key) for key in Margins.model_fields},
+        "states": _states(folder, runs),
+        "means": made["methods"],
+        "versions": {key: spec["versions"].get(key) for key in ("aletheia-lora", *LIBRARIES)},
+        "environments": environments,
+        "files": {name: sha256(content).hexdigest() for name, content in files.items()},
+    }
+    text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
+    return {**files, SUMMARY: f"{text}\n".encode()}
+
+
+def _figures(folder: Path) -> dict[str, bytes]:
+    """The figures of the campaign's report, by file name."""
+    return {}
+
+
+def _runs(folder: Path, made: Mapping[str, list[Row]], private: Private) -> tuple[list[Row], list[dict[str, Any]]]:
+    """A row for every run, and the environments that its column of that name counts through."""
+    places = [CellFolder.of(folder, cell) for cell in cells(pinned_spec(folder))]
+    times = {row["cell"]: row for row in made["times"]}
+    environments: list[dict[str, Any]] = []
+    rows = []
+    runs = [place for place in places if place.cell.content["kind"] == "run"]
+    for place, run in zip(runs, made["runs"], strict=True):
+        record = place.record()
+        result = {} if record is None else record["result"]
+        known = {
+            **{key: result.get(key) for key in ("micro_batches", "rows_digest", "fingerprint")},
+            **times[place.path.name],
+            **run,
+            "cell": place.cell.digest[:12],
+            "layers": " ".join(str(layer) for layer in result.get("layers", ())),
+            "environment": _index(environments, result.get("environment")),
+            "record_sha256": None if record is None else sha256(canonical(record).encode()).hexdigest(),
+            "reason": without_paths(" ".join((run["reason"] or "").split()), private),
+        }
+        rows.append({column: known[column] for column in RUN_COLUMNS})
+    return rows, environments
+
+
+def _means(runs: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """A row for every value of the keys, with means over the runs that ended well and the gaps beside them."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+    rows = []
+    for group, members in groups.items():
+        done = [run for run in members if run["state"] == "done"]
+        gaps = Counter(run["state"] for run in members if run["state"] != "done")
+        values = {measure: [run[measure] for run in done] for measure in MEASURES}
+        means = {
+            f"mean_{name}": fmean(found) if found and None not in found else None for name, found in values.items()
+        }
+        said = ", ".join(f"{count} {state}" for state, count in sorted(gaps.items()))
+        rows.append({**dict(zip(keys, group, strict=True)), "n": len(done), "of": len(members), **means, "gaps": said})
+    return rows
+
+
+def _index(environments: list[dict[str, Any]], environment: Any) -> int | None:
+    """The number of this environment, which is added if it is new."""
+    if not isinstance(environment, Mapping):
+        return None
+    allowed = {key: environment[key] for key in ENVIRONMENT_KEYS if key in environment}
+    if allowed not in environments:
+        environments.append(allowed)
+    return environments.index(allowed)
+
+
+def _states(folder: Path, runs: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """How many cells of each kind are in which state; a run whose grid changed after it counts as invalid."""
+    others = [CellFolder.of(folder, cell) for cell in cells(pinned_spec(folder)) if cell.content["kind"] != "run"]
+    pairs = [("run", run["state"]) for run in runs] + [(p.cell.content["kind"], p.state()[0]) for p in others]
+    counts = Counter(pairs)
+    kinds = dict.fromkeys(kind for kind, _ in pairs)
+    return {kind: {state: count for (of, state), count in counts.items() if of == kind} for kind in kinds}
+
+
+def _spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, without paths."""
+    others = [_chosen(spec["other_text"], TASK_KEYS, "data")] if spec.get("other_text") else []
+    return {
+        "models": [_chosen(entry, MODEL_KEYS, "model") for entry in spec["models"]],
+        "tasks": [_chosen(entry, TASK_KEYS, "data") for entry in spec["tasks"]],
+        "methods": [_chosen(entry, tuple(Method.model_fields)) for entry in spec["methods"]],
+        "other_text": others[0] if others else None,
+        **{key: spec[key] for key in SPEC_KEYS if key in spec},
+    }
+
+
+def _chosen(entry: Mapping[str, Any], keys: Sequence[str], source: str | None = None) -> dict[str, Any]:
+    """The allowed keys of an entry; of where it comes from, a hub id or the word for it."""
+    chosen = {key: entry[key] for key in keys if key in entry}
+    if source is not None:
+        value = str(entry[source])
+        on_hub = entry.get("digest") is None and HUB_ID.fullmatch(value) is not None
+        chosen["source"] = value if on_hub or value == "embedded" else "local"
+    return chosen
+
+
+def _csv(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
+    return (csv_text(rows) or f"{','.join(columns)}\n").encode()
+
+
+def _readme(name: str, figures: Sequence[str]) -> str:
+    """What every file and column is."""
+    lines = [
+        f"# Evidence of the campaign {name}",
+        "",
+        "Made by `aletheia campaign export` from the records of the runs alone; nothing was run or measured for it.",
+        "Paths, names of people and machines, and the text of data are left out.",
+        "",
+        "## summary.json",
+        "",
+        "What was asked for and with which margins, fixed beforehand; how many cells ended in which state; the mean of",
+        "each method with its n and its gaps; versions, the environments that the runs met, and the SHA-256 of every",
+        "other file here.",
+        "",
+        "## aggregate_runs.csv",
+        "",
+        "A line for every run that was asked for. What could not be known is empty.",
+        "",
+        *(f"- `{column}`: {meaning}" for column, meaning in RUN_COLUMNS.items()),
+        "",
+    ]
+    for file, keys in SUMMARIES.items():
+        named = ", ".join(f"`{key}`" for key in keys)
+        lines += [f"## {file}", "", f"Means over the runs that are `done`, for each {named}.", ""]
+        lines += [f"- `{column}`: {RUN_COLUMNS[column]}" for column in keys]
+        lines += [*(f"- `{column}`: {meaning}" for column, meaning in MEAN_COLUMNS.items()), ""]
+    if figures:
+        lines += ["## Figures", "", *(f"- `{figure}`" for figure in figures), ""]
+    return "\n".join(lines)

@@ -1,0 +1,314 @@
+import csv
+import io
+import json
+import sys
+from hashlib import sha256
+
+import pytest
+import yaml
+
+from aletheia_lora.campaign.export import MEAN_COLUMNS, RUN_COLUMNS, SUMMARIES, export
+from aletheia_lora.campaign.records import CellFolder, DamagedError
+from aletheia_lora.campaign.spec import cells
+from aletheia_lora.cli import main
+from aletheia_lora.errors import ConfigError, OutputError, PrivacyError
+from aletheia_lora.files import write_json
+
+CANARY = "Canary7Bird"
+FOLDER = f"/srv/{CANARY}/secret"
+ENVIRONMENT = {"python": "3.13.1", "torch": "2.13.0", "device": "CPU, 2 cores", "threads": "1"}
+TOKENS = {
+    "hub": "hf_" + "AbCdEfGhIjKlMnOpQrSt",
+    "openai": "sk-" + "abcdefghijklmnop1234",
+    "github": "gh" + "p_0123456789abcdefghij0123",
+    "aws": "AKIA" + "ABCDEFGHIJKLMNOP",
+    "header": "Bearer " + "abcdefghijkl",
+    "remote": "https://alice:" + "pw@example.org/x.git",
+}
+
+
+def spec(**changed):
+    """A resolved spec of one model, one task, two methods and two seeds."""
+    method = {"adapter": "lora", "draws": 1, "allocation": "uniform"}
+    return {
+        "name": "small",
+        "models": [{"name": "tiny", "model": "org/tiny", "dtype": "auto", "digest": None}],
+        "tasks": [{"name": "words", "data": "rows.jsonl", "max_length": 64, "digest": "0" * 64}],
+        "methods": [{"name": "last", "strategy": "last", **method}, {"name": "uniform", "strategy": "all", **method}],
+        "seeds": [0, 1],
+        "learning_rates": [1e-3],
+        "match": ["steps"],
+        "steps": 4,
+        "grid_steps": 2,
+        "evaluations": 1,
+        "other_text": None,
+        "other_rows": 4,
+        "margins": {"heldout_loss": 0.01, "other_loss": None},
+        "batch_size": 4,
+        "rank": 4,
+        "alpha_ratio": 2.0,
+        "probe_batches": 2,
+        "probe_batch_size": 1,
+        "train_rows": 8,
+        "validation_rows": 4,
+        "heldout_rows": 4,
+        "prefix_cache": False,
+        "versions": {"aletheia-lora": "1", "torch": "2.13.0"},
+        **changed,
+    }
+
+
+def result(loss=2.0, **changed):
+    return {
+        "layers": [2, 3],
+        "learning_rate": 1e-3,
+        "grid": [],
+        "steps": 4,
+        "micro_batches": 1,
+        "trainable_params": 512,
+        "lowest_backward_layer": 2,
+        "base_heldout_loss": 3.0,
+        "heldout_loss": loss,
+        "step_seconds": [0.5, 0.25, 0.25, 0.25],
+        "probe_seconds": 0.5,
+        "seconds": 4.0,
+        "rows_digest": "1" * 64,
+        "fingerprint": "llama-4",
+        "environment": ENVIRONMENT,
+        **changed,
+    }
+
+
+def campaign(folder, made, outcome=lambda number: ("done", None, result(2.0 + number))):
+    """A campaign's folder with a record for every cell but those whose outcome is None."""
+    write_json(folder / "campaign.json", made)
+    places = [CellFolder.of(folder, cell) for cell in cells(made)]
+    for number, place in enumerate(places):
+        if outcome(number) is not None:
+            state, reason, values = outcome(number)
+            place.make()
+            with place.lock():
+                place.append("attempt_started", pid=1, environment=ENVIRONMENT)
+                place.finish(state, reason, **values)
+    return places
+
+
+def rows_of(file):
+    return list(csv.DictReader(io.StringIO(file.read_text())))
+
+
+def everything(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# --- what is in it ----------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_has_a_line_for_every_run_and_means_with_their_gaps(tmp_path):
+    outcomes = [("done", None, result(2.0)), ("done", None, result(4.0)), ("failed", "ValueError: no", {}), None]
+    places = campaign(tmp_path / "small", spec(), lambda number: outcomes[number])
+    digests = export(tmp_path / "small", tmp_path / "bundle")
+    runs = rows_of(tmp_path / "bundle" / "aggregate_runs.csv")
+    assert [run["state"] for run in runs] == ["done", "done", "failed", "planned"]
+    assert list(runs[0]) == list(RUN_COLUMNS)
+    assert (runs[0]["layers"], runs[0]["heldout_loss"], runs[0]["median_step_seconds"]) == ("2 3", "2.0", "0.25")
+    assert (runs[2]["reason"], runs[2]["heldout_loss"], runs[3]["attempts"]) == ("ValueError: no", "", "")
+    assert runs[0]["cell"] == places[0].cell.digest[:12]
+    for name, keys in SUMMARIES.items():
+        last, uniform = rows_of(tmp_path / "bundle" / name)
+        assert list(last) == [*keys, *MEAN_COLUMNS]
+        assert (last["n"], last["of"], last["mean_heldout_loss"], last["gaps"]) == ("2", "2", "3.0", "")
+        assert (uniform["n"], uniform["mean_heldout_loss"]) == ("0", "")
+        assert uniform["gaps"] == "1 failed, 1 planned"
+    summary = json.loads((tmp_path / "bundle" / "summary.json").read_text())
+    assert summary["states"] == {"run": {"done": 2, "failed": 1, "planned": 1}}
+    assert summary["margins"] == {"heldout_loss": 0.01, "other_loss": None}
+    assert [mean["n"] for mean in summary["means"]] == [2, 0]
+    assert summary["environments"] == [ENVIRONMENT] and runs[0]["environment"] == "0"
+    assert summary["spec"]["models"] == [{"name": "tiny", "dtype": "auto", "digest": None, "source": "org/tiny"}]
+    assert summary["spec"]["tasks"][0]["source"] == "local"
+    assert summary["versions"]["torch"] == "2.13.0" and summary["versions"]["trl"] is None
+    files = everything(tmp_path / "bundle")
+    assert set(files) == {*summary["files"], "summary.json"}
+    assert {name: sha256(files[name]).hexdigest() for name in digests} == digests == summary["files"]
+    readme = files["README.md"].decode()
+    assert all(f"- `{column}`: " in readme for column in {**RUN_COLUMNS, **MEAN_COLUMNS})
+
+
+def test_the_same_records_make_the_same_bundle(tmp_path):
+    campaign(tmp_path / "small", spec())
+    for name in ("once", "again"):
+        export(tmp_path / "small", tmp_path / name)
+    assert everything(tmp_path / "once") == everything(tmp_path / "again")
+
+
+def test_cells_of_every_kind_are_counted(tmp_path):
+    def outcome(number):
+        return ("done", None, result(validation_loss=1.0 + number)) if number != 1 else None
+
+    campaign(tmp_path / "small", spec(learning_rates=[1e-3, 1e-2], methods=spec()["methods"][:1]), outcome)
+    export(tmp_path / "small", tmp_path / "bundle")
+    summary = json.loads((tmp_path / "bundle" / "summary.json").read_text())
+    assert summary["states"] == {"run": {"invalid": 2}, "grid": {"done": 1, "planned": 1}}
+    reasons = {run["reason"] for run in rows_of(tmp_path / "bundle" / "aggregate_runs.csv")}
+    assert reasons == {"its grid of learning rates changed after it ran"}
+
+
+def test_a_campaign_without_runs_has_tables_without_rows(tmp_path):
+    methods = [{"name": "dora", "strategy": "all", "adapter": "dora", "draws": 1}]
+    campaign(tmp_path / "small", spec(methods=methods, match=["time"]))
+    export(tmp_path / "small", tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "aggregate_runs.csv").read_text() == ",".join(RUN_COLUMNS) + "\n"
+
+
+# --- what stays behind ------------------------------------------------------------------------------------------
+
+CARRIERS = {
+    "environment": {"environment": {**ENVIRONMENT, "hostname": CANARY, "git": TOKENS["remote"], "env": {"X": FOLDER}}},
+    "environment of another kind": {"environment": {CANARY: [FOLDER]}},
+    "log lines": {"log": [f"loading {FOLDER}"], "train_text": CANARY},
+    "other results": {"prefix_cache": {"folder": FOLDER}, "checks": {CANARY: True}, "heldout": [{"text": CANARY}]},
+}
+SPECS = {
+    "model path": {"models": [{"name": "tiny", "model": f"{FOLDER}/tiny", "digest": None}]},
+    "relative model path": {"models": [{"name": "tiny", "model": f"{CANARY}/tiny", "digest": "0" * 64}]},
+    "data path": {"tasks": [{"name": "words", "data": f"{FOLDER}/rows.jsonl", "digest": "0" * 64}]},
+    "path of the other text": {"other_text": {"name": "wiki", "data": f"../{CANARY}/rows.jsonl", "digest": None}},
+    "more keys": {"git": TOKENS["remote"], "HOME": FOLDER, "user": CANARY},
+    "more keys of a method": {
+        "methods": [{"name": "last", "strategy": "last", "adapter": "lora", "draws": 1, "by": CANARY}]
+    },
+    "more keys of the versions": {"versions": {"torch": "2.13.0", CANARY: FOLDER}},
+    "more margins": {"margins": {"heldout_loss": 0.01, CANARY: FOLDER}},
+}
+
+
+def check_no_canary(folder):
+    for name, content in everything(folder).items():
+        for canary in (CANARY, *TOKENS.values()):
+            assert canary.lower() not in content.decode().lower(), name
+
+
+@pytest.mark.parametrize("where", CARRIERS)
+def test_what_a_record_holds_beside_the_columns_stays_behind(tmp_path, where):
+    campaign(tmp_path / "small", spec(), lambda number: ("done", None, result(**CARRIERS[where])))
+    export(tmp_path / "small", tmp_path / "bundle")
+    check_no_canary(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("where", SPECS)
+def test_what_the_spec_holds_beside_the_keys_stays_behind(tmp_path, where):
+    campaign(tmp_path / "small", spec(**SPECS[where]))
+    export(tmp_path / "small", tmp_path / "bundle")
+    check_no_canary(tmp_path / "bundle")
+
+
+def test_logs_events_lines_of_progress_and_what_cells_share_stay_behind(tmp_path):
+    for place in campaign(tmp_path / "small", spec()):
+        (place.path / "log.txt").write_text(f"{FOLDER} {TOKENS['hub']}")
+        with place.lock():
+            place.append("progress", line=f"reading {FOLDER} on {CANARY}")
+    (tmp_path / "small" / "shared").mkdir()
+    (tmp_path / "small" / "shared" / "base.json").write_text(json.dumps({"text": CANARY}))
+    export(tmp_path / "small", tmp_path / "bundle")
+    check_no_canary(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (f"OSError: cannot read '{FOLDER}/a b.json': gone", "OSError: cannot read '<path>': gone"),
+        (f"DataError: {FOLDER}/rows.jsonl, line 3", "DataError: <path>, line 3"),
+        (f"no room in {FOLDER}\nfor node9.cluster of {CANARY}", "no room in <path> for <name>.cluster of <name>"),
+    ],
+)
+def test_reasons_are_told_without_paths_and_names(tmp_path, monkeypatch, reason, told):
+    monkeypatch.setattr("getpass.getuser", lambda: CANARY.lower())
+    campaign(tmp_path / "small", spec(), lambda number: ("failed", reason, {}))
+    write_json(tmp_path / "small" / "driver.lock", {"pid": 1, "host": "node9", "since": "today"})
+    export(tmp_path / "small", tmp_path / "bundle")
+    assert {run["reason"] for run in rows_of(tmp_path / "bundle" / "aggregate_runs.csv")} == {told}
+    check_no_canary(tmp_path / "bundle")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+def refused(tmp_path, message):
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(PrivacyError, match=message) as error:
+        export(tmp_path / "small", tmp_path / "bundle")
+    assert {path.name for path in tmp_path.iterdir()} == before  # nothing, and nothing half-written
+    return str(error.value)
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_a_key_in_a_reason_is_refused_and_not_repeated(tmp_path, token):
+    campaign(tmp_path / "small", spec(), lambda number: ("failed", f"ValueError: {TOKENS[token]}", {}))
+    assert TOKENS[token] not in refused(tmp_path, "aggregate_runs.csv, line 2: what looks like a key")
+
+
+def test_the_value_of_a_secret_variable_is_refused_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_DB_PASSWORD", "open sesame")
+    campaign(tmp_path / "small", spec(), lambda number: ("failed", "ValueError: open sesame", {}))
+    assert "sesame" not in refused(tmp_path, "aggregate_runs.csv: the value of the environment variable MY_DB_PASSWORD")
+
+
+@pytest.mark.parametrize("key", ["name", "split", "prompt_column"])
+@pytest.mark.parametrize("text", [FOLDER, "~/rows", TOKENS["hub"]])
+def test_a_path_or_key_in_an_allowed_key_of_the_spec_is_refused(tmp_path, key, text):
+    campaign(tmp_path / "small", spec(tasks=[{"name": "words", "data": "rows.jsonl", key: text}]))
+    refused(tmp_path, "the path|looks like a key")
+
+
+@pytest.mark.parametrize("where", ["method", "device", "campaign"])
+@pytest.mark.parametrize("who", ["user", "host", "home", "folder"])
+def test_a_name_or_folder_of_this_machine_is_refused_wherever_it_comes_in(tmp_path, monkeypatch, where, who):
+    monkeypatch.setattr("getpass.getuser", lambda: "zaphod")
+    monkeypatch.setattr("platform.node", lambda: "heart9.example.org")
+    monkeypatch.setenv("HOME", "/srv/people/zb")
+    text = {"user": "by-Zaphod", "host": "heart9", "home": "/srv/people/zb/x", "folder": str(tmp_path / "small")}[who]
+    changed = {}
+    if where == "method":
+        changed = {"methods": [{"name": text, "strategy": "last", "adapter": "lora", "draws": 1}]}
+    elif where == "campaign":
+        changed = {"name": text}
+    device = {"environment": {"device": text}} if where == "device" else {}
+    campaign(tmp_path / "small", spec(**changed), lambda number: ("done", None, result(**device)))
+    refused(tmp_path, "the path|the name")
+
+
+# --- what can go wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    campaign(tmp_path / "small", spec())
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "mine").write_text("x")
+    with pytest.raises(OutputError, match="is not an empty folder"):
+        export(tmp_path / "small", tmp_path / "bundle")
+    assert everything(tmp_path / "bundle") == {"mine": b"x"}
+
+
+def test_without_a_campaign_or_with_a_damaged_record_there_is_no_bundle(tmp_path):
+    with pytest.raises(ConfigError, match="there is no campaign"):
+        export(tmp_path / "small", tmp_path / "bundle")
+    place = campaign(tmp_path / "small", spec())[0]
+    record = json.loads((place.path / "record.json").read_text())
+    (place.path / "record.json").write_text(json.dumps({**record, "attempts": 9}))
+    with pytest.raises(DamagedError):
+        export(tmp_path / "small", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_command_writes_the_bundle_beside_the_campaign(tmp_path, monkeypatch, capsys):
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump({"name": "small"}))
+    campaign(tmp_path / "small", spec())
+    monkeypatch.setattr(sys, "argv", ["aletheia", "campaign", "export", str(tmp_path / "spec.yaml"), "--json"])
+    main()
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["bundle"] == str(tmp_path / "small-evidence")
+    assert set(everything(tmp_path / "small-evidence")) == {*printed["files"], "summary.json"}
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "--bundle", str(tmp_path / "other")])
+    main()
+    assert f"wrote {tmp_path / 'other'}" in capsys.readouterr().out
