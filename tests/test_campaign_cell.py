@@ -99,6 +99,16 @@ def test_each_method_trains_what_it_says(begun):
         assert all(result["checks"].values()) and result["other_loss"] is None
 
 
+def test_a_record_keeps_the_scores_of_its_layers_and_the_type_of_its_model(begun):
+    methods = ["paper", "last", {"name": "fisher", "strategy": "top_percent", "score": "fisher"}]
+    paper, last, fisher = (record["result"] for record in run(begun(methods=methods, steps=1, evaluations=1)))
+    scores = paper["layer_scores"]["gradient_norm"]
+    assert sorted(sorted(range(4), key=lambda layer: -scores[layer])[:2]) == paper["layers"]
+    assert last["layer_scores"] == paper["layer_scores"]
+    assert list(fisher["layer_scores"]) == ["fisher"] and len(fisher["layer_scores"]["fisher"]) == 4
+    assert {result["model_type"] for result in (paper, last, fisher)} == {"llama"}
+
+
 def test_the_rate_is_the_best_of_the_grid_on_rows_that_are_not_the_held_out_ones(begun):
     places = begun(learning_rates=[1e-5, 1e-2], other_text={"name": "other", "data": "other.jsonl"}, other_rows=4)
     low, high, found = (record["result"] for record in run(places))

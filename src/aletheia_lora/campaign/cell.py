@@ -400,6 +400,8 @@ def _measured(bench: Bench, arm: Arm, adapted: Any) -> dict[str, Any]:
     return {
         "rows_digest": bench.rows_digest,
         "fingerprint": bench.found.fingerprint,
+        "model_type": bench.found.model_type,
+        "layer_scores": {arm.plan.options.score: [score for _, score in sorted(arm.plan.scores.items())]},
         "layers": list(arm.plan.selection.layers),
         "ranks": sorted({entry.rank for entry in arm.plan.ranks}),
         "trainable_params": sum(parameter.numel() for parameter in trained),
