@@ -15,6 +15,8 @@ from .outcomes import Outcome
 
 NO_DATA = "random"
 """A score that ranks nothing, of a control."""
+MIN_POINTS = 4
+"""Fewer have no interval of a rank correlation."""
 
 Scores = dict[tuple[str, str, int, str], list[float]]
 """Model, task, seed and name of the score -> the score of each layer."""
@@ -89,10 +91,8 @@ def _points(
 
 def _correlation(points: Sequence[tuple[float, float]]) -> Row:
     row: Row = {"n": len(points), "rho": None, "low": None, "high": None, "p": None, "note": ""}
-    try:
-        result = spearman([share for share, _ in points], [gain for _, gain in points])
-    except ValueError as error:
-        row["note"] = str(error).split(". ")[0]
-        return row
+    if len(points) < MIN_POINTS or any(len(set(column)) == 1 for column in zip(*points, strict=True)):
+        return row | {"note": "too few" if len(points) < MIN_POINTS else "all alike"}
+    result = spearman([share for share, _ in points], [gain for _, gain in points])
     ends = {"rho": result.rho, "low": result.interval.low, "high": result.interval.high, "p": result.p_value}
     return row | ends

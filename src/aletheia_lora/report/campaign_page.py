@@ -127,13 +127,18 @@ def _table(record: Record, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     lines = [
         {
             "cells": list(row.values()),
-            "role": {"baseline": "uniform"}.get(role := method_role(record, row.get("method")), role),
+            "role": _colour(record, row["method"]) if "method" in row else "",
             "failed": row.get("state", "done") != "done",
             "main": False,
         }
         for row in rows
     ]
     return {"heads": [head.replace("_", " ") for head in rows[0]] if rows else [], "rows": lines}
+
+
+def _colour(record: Record, method: str) -> str:
+    role = method_role(record, method)
+    return "uniform" if role == "baseline" else role
 
 
 def _definitions(record: Record) -> list[tuple[str, str]]:
