@@ -346,7 +346,7 @@ def campaign_status(
 
 @campaign.command("report")
 def campaign_report(spec: _Spec, output: _Output = None, as_json: _Json = False) -> None:
-    """Tables of all runs, from the records alone; written into the campaign's folder, too."""
+    """Comparisons, figures and a page from the records alone, written into the campaign's folder; prints the tables."""
     from .campaign import commands
 
     _show_campaign(commands.report_of(spec, output), as_json)

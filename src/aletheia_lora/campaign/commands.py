@@ -15,7 +15,6 @@ from rich.console import Console
 from ..errors import ConfigError, nearest
 from .executors import EXECUTORS
 from .records import FINAL
-from .report import tables, write_report
 from .runner import run_campaign
 from .spec import campaign_folder, load_campaign, resolved
 from .status import status, status_text
@@ -85,10 +84,12 @@ def shown_live(path: Path, output: Path | None) -> bool:
 
 
 def report_of(path: Path, output: Path | None) -> dict[str, Any]:
-    """The tables, written beside the records."""
+    """The tables, written beside the records with figures and a page."""
+    from .report import campaign_record, save_report  # late: it draws
+
     folder = campaign_folder(path, output)
-    text = write_report(folder)
-    return {**tables(folder), "text": text}
+    record = campaign_record(folder)
+    return {**record["tables"], "text": save_report(record, folder)}
 
 
 def export_of(path: Path, output: Path | None, bundle: Path | None) -> dict[str, Any]:

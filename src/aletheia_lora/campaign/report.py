@@ -1,90 +1,155 @@
-"""A campaign's folder -> plain tables: every run, the mean of each method with its n and gaps, the grid.
+"""A campaign's folder -> everything that is said of it: tables, figures and a page, from the records alone.
 
-Nothing but the records is read. The tables hold no clock, so they are the same however often a campaign was
-interrupted; what was measured by the clock is a table of its own.
+``report.md`` and its tables hold no clock, so they are the same however often a campaign was interrupted; what was
+measured by the clock is in the tables of ``CLOCK``, in ``speed.md``, in the figures and on the page.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ..errors import AletheiaError
 from ..files import write_bytes
-from .records import CellFolder, DamagedError, chosen_rate
-from .spec import cells
+from ..report.campaign_page import render_campaign
+from ..report.campaign_plots import draw_campaign
+from ..report.latex import latex
+from ..report.tables import markdown, markdown_text
+from ..report.words import visible
+from .analysis import Row, comparisons, deltas, questions
+from .measures import LOSSES, measures
+from .outcomes import Outcome, outcomes
+from .pairing import role_of
+from .spec import SHARED
+from .speed import counted, speed_questions, speeds
 from .status import pinned_spec
+from .usefulness import layer_scores, mean_scores, usefulness
 
-MEASURES = ("heldout_loss", "other_loss")
-"""What a run is judged by; each has a value of the base model beside it, ``base_...``."""
 FACTS = ("learning_rate", "steps", "lowest_backward_layer", "trainable_params")
-Row = dict[str, Any]
+CLOCK = ("times", "speed", "speed_questions")
+"""Tables that hold what a clock said."""
+CAPTIONS = {
+    "questions": "What was asked",
+    "comparisons": "Differences in pairs",
+    "deltas": "What training changed against the base model",
+    "counted": "Steps in uniform LoRA's predicted time, by counting operations",
+    "usefulness": "Rank correlation of the score that a selection holds with how far it lowered the loss",
+    "methods": "Means over the runs that ended well, `n` of them; `gaps` are not in the mean",
+    "runs": "Every run",
+    "grid": "Learning rates: each method takes the one with the lowest validation loss",
+    "speed_questions": "What was asked of time",
+    "speed": "Times as fast as uniform LoRA at equal steps, the probe paid",
+}
+"""Tables for people, in this order; the others are files only."""
+SHORT = {
+    "questions": ("question", "answer", "why"),
+    "comparisons": (
+        *("match", "measure", "method", "reference", "n", "of", "basis", "mean", "low", "high"),
+        *("bootstrap_low", "bootstrap_high", "wilcoxon_p", "holm_p", "tried", "holm_p_of_all", "hedges_g"),
+        *("margin", "equivalence_p", "verdict"),
+    ),
+    "deltas": ("measure", "unit", "match", "method", "n", "of", "basis", "mean", "low", "high"),
+    "speed": (
+        *("scope", "name", "method", "n", "of", "ratio", "low", "high", "bootstrap_low", "bootstrap_high", "holm_p"),
+        *("verdict", "faster_models", "num_models", "counted_ratio"),
+    ),
+}
+"""Columns that people are shown; the CSV files have all."""
+SETTINGS = ("steps", "seeds", "learning_rates", "grid_steps", *(key for key in SHARED if key != "versions"))
+MARKED = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes text that begins so for a formula."""
+
+Texts = Mapping[str, Sequence[Mapping[str, str]]]
 
 
-def tables(folder: Path) -> dict[str, list[Row]]:
-    """``runs``, ``methods``, ``grid`` and ``times``, each a list of rows with the same keys.
+def campaign_record(folder: Path) -> dict[str, Any]:
+    """Everything that is known, as plain JSON types: facts of the campaign, and its ``tables``.
 
     Raises:
         ConfigError: If there is no campaign in the folder.
         DamagedError: If a record is not what was written.
     """
-    places = [CellFolder.of(folder, cell) for cell in cells(pinned_spec(folder))]
-    runs = [_run(place) for place in places if place.cell.content["kind"] == "run"]
-    return {
-        "runs": runs,
+    spec = pinned_spec(folder)
+    found = outcomes(folder, spec)
+    judged = measures(spec, found)
+    compared, changed = comparisons(spec, found, judged), deltas(spec, found, judged)
+    models = [{**entry, **_family(entry["name"], found)} for entry in spec["models"]]
+    families = {model["name"]: model["family"] for model in models}
+    runs = [_run(one) for one in found if one.kind == "run"]
+    timed = speeds(spec, found, families)
+    made = {
+        "questions": questions(spec, compared),
+        "comparisons": compared,
+        "deltas": changed,
+        "counted": counted(spec, found),
+        "usefulness": usefulness(spec, found),
         "methods": _methods(runs),
-        "grid": [_grid(place) for place in places if place.cell.content["kind"] == "grid"],
-        "times": [_times(place) for place in places],
+        "runs": runs,
+        "grid": [_grid(one) for one in found if one.kind == "grid"],
+        "scores": mean_scores(layer_scores(found)),
+        "speed_questions": speed_questions(spec, timed),
+        "speed": timed,
+        "times": [_times(one) for one in found],
+    }
+    return {
+        "name": spec["name"],
+        "match": list(spec["match"]),
+        "margins": dict(spec["margins"]),
+        "methods": [{"name": method["name"], "role": role_of(method)} for method in spec["methods"]],
+        "models": models,
+        "tasks": [dict(task) for task in spec["tasks"]],
+        "settings": {key: spec[key] for key in SETTINGS if key in spec},
+        "versions": dict(spec["versions"]),
+        "environments": _environments(found),
+        "num_runs": len(runs),
+        "num_done": sum(run["state"] == "done" for run in runs),
+        "evaluated": any(one.kind == "evaluation" for one in found),
+        "missing": _missing([*compared, *changed]),
+        "tables": made,
     }
 
 
-def _names(place: CellFolder) -> Row:
-    return {key: place.cell.content[key]["name"] for key in ("model", "task", "method")}
+def tables(folder: Path) -> dict[str, list[Row]]:
+    """The tables of :func:`campaign_record`, each a list of rows with the same keys."""
+    made: dict[str, list[Row]] = campaign_record(folder)["tables"]
+    return made
 
 
-def _run(place: CellFolder) -> Row:
-    state, reason = place.state()
-    record = place.record()
-    result = {} if record is None else record["result"]
-    if state == "done" and not _rate_stands(place, result):
-        state, reason = "invalid", "its grid of learning rates changed after it ran"
-    values = {key: result.get(key) for name in MEASURES for key in (f"base_{name}", name)}
+def _names(one: Outcome) -> Row:
+    return {"model": one.model, "task": one.task, "method": one.method}
+
+
+def _run(one: Outcome) -> Row:
+    result = one.result
+    values = {key: result.get(key) for name in LOSSES for key in (f"base_{name}", name)}
     return {
-        **_names(place),
-        **{key: place.cell.content[key] for key in ("match", "seed", "draw")},
-        "state": state,
+        **_names(one),
+        **{key: one.content[key] for key in ("match", "seed", "draw")},
+        "state": one.state,
         "num_layers": len(result["layers"]) if "layers" in result else None,
         **{key: result.get(key) for key in FACTS},
         **values,
-        "reason": reason,
+        "reason": one.reason,
     }
-
-
-def _rate_stands(place: CellFolder, result: Mapping[str, Any]) -> bool:
-    """True while the grid is the one that the run chose from."""
-    try:
-        return chosen_rate(place) == (result["learning_rate"], result["grid"])
-    except DamagedError:
-        raise
-    except AletheiaError:
-        return False
 
 
 def _methods(runs: Sequence[Row]) -> list[Row]:
     """Means over the runs that ended well, with how many there should be and what became of the others."""
     keys = ("model", "task", "match", "method")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
     rows = []
-    for group in dict.fromkeys(tuple(run[key] for key in keys) for run in runs):
-        members = [run for run in runs if tuple(run[key] for key in keys) == group]
+    for group, members in groups.items():
         done = [run for run in members if run["state"] == "done"]
         gaps = Counter(run["state"] for run in members if run["state"] != "done")
         row: Row = {**dict(zip(keys, group, strict=True)), "n": len(done), "of": len(members)}
-        for name in MEASURES:
+        for name in LOSSES:
             values = [run[name] for run in done]
             row[f"mean_{name}"] = fmean(values) if values and None not in values else None
         row["gaps"] = ", ".join(f"{count} {state}" for state, count in sorted(gaps.items()))
@@ -92,64 +157,98 @@ def _methods(runs: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def _grid(place: CellFolder) -> Row:
-    state, reason = place.state()
-    record = place.record()
-    loss = None if record is None else record["result"].get("validation_loss")
-    rate = place.cell.content["learning_rate"]
-    return {**_names(place), "learning_rate": rate, "state": state, "validation_loss": loss, "reason": reason}
+def _grid(one: Outcome) -> Row:
+    rate, loss = one.content["learning_rate"], one.result.get("validation_loss")
+    return {**_names(one), "learning_rate": rate, "state": one.state, "validation_loss": loss, "reason": one.reason}
 
 
-def _times(place: CellFolder) -> Row:
-    record = place.record()
-    result = {} if record is None else record["result"]
-    steps = result.get("step_seconds") or []
+def _times(one: Outcome) -> Row:
+    steps = one.result.get("step_seconds") or []
     return {
-        "cell": place.path.name,
-        "attempts": None if record is None else record["attempts"],
-        "seconds": result.get("seconds"),
+        "cell": one.cell,
+        "attempts": one.attempts,
+        "seconds": one.result.get("seconds"),
         "training_seconds": sum(steps) if steps else None,
         "median_step_seconds": median(steps[1:] or steps) if steps else None,
-        "probe_seconds": result.get("probe_seconds"),
+        "probe_seconds": one.result.get("probe_seconds"),
     }
+
+
+def _family(model: str, found: Sequence[Outcome]) -> Row:
+    """The type of a model as its runs recorded it; its name where they did not."""
+    types = [one.result["model_type"] for one in found if one.model == model and one.result.get("model_type")]
+    return {"family": types[0] if types else model, "family_known": bool(types)}
+
+
+def _environments(found: Sequence[Outcome]) -> list[Row]:
+    """The machines and versions that runs were measured on, with how many cells each."""
+    seen = [one.result["environment"] for one in found if one.result.get("environment")]
+    counts = Counter(json.dumps(environment, sort_keys=True) for environment in seen)
+    return [{"num_cells": count, "environment": json.loads(text)} for text, count in counts.items()]
+
+
+def _missing(rows: Sequence[Row]) -> list[str]:
+    """Every pair that is missing somewhere, once, with what lacks it."""
+    lacking: dict[str, int] = {}
+    for row in rows:
+        for pair in filter(None, row["missing"].split("; ")):
+            lacking[pair] = lacking.get(pair, 0) + 1
+    return [f"{visible(pair)} (lines that lack it: {count})" for pair, count in lacking.items()]
 
 
 # --- as text ----------------------------------------------------------------------------------------------------
 
 
-def report_text(folder: Path) -> str:
-    """The tables ``methods``, ``runs`` and ``grid`` in Markdown."""
-    spec, made = pinned_spec(folder), tables(folder)
-    ended = sum(row["state"] == "done" for row in made["runs"])
-    lines = [f"# Campaign {spec['name']}", "", f"{ended} of {len(made['runs'])} runs ended well.", ""]
-    lines += [f"Margins, fixed beforehand: {_margins(spec['margins'])}.", ""]
-    captions = {
-        "methods": "Means over the runs that ended well, `n` of them; `gaps` are not in the mean",
-        "runs": "Every run",
-        "grid": "Learning rates: each method takes the one with the lowest validation loss",
-    }
-    for name, caption in captions.items():
-        lines += [f"## {caption}", "", *_markdown(made[name]), ""]
-    return "\n".join(lines)
-
-
-def _margins(margins: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{key} {value:g} nats" for key, value in margins.items() if value is not None)
-
-
-def _markdown(rows: Sequence[Row]) -> list[str]:
-    if not rows:
-        return ["none"]
-    keys = [key for key in rows[0] if any(row[key] not in (None, "") for row in rows)]
-    lines = [f"| {' | '.join(keys)} |", "|" + " --- |" * len(keys)]
-    return lines + [f"| {' | '.join(_cell(row[key]) for key in keys)} |" for row in rows]
+def shown(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The rows of a table as text for people: the columns that say something, numbers rounded."""
+    keys = SHORT.get(name) or tuple(rows[0] if rows else ())
+    keys = tuple(key for key in keys if any(row[key] not in (None, "") for row in rows))
+    return [{key: _cell(row[key]) for key in keys} for row in rows]
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) >= 0.1 else f"{value:g}"
-    text = "" if value is None else str(value)
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
+        return f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.4g}"
+    return "" if value is None else " ".join(visible(value).split())
+
+
+def report_text(folder: Path) -> str:
+    """The tables in Markdown, without what a clock said."""
+    record = campaign_record(folder)
+    return _text(record, _texts(record))
+
+
+def _texts(record: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+    return {name: shown(name, record["tables"][name]) for name in CAPTIONS}
+
+
+def _text(record: Mapping[str, Any], texts: Texts) -> str:
+    lines = [f"# Campaign {record['name']}", ""]
+    lines += [f"{record['num_done']} of {record['num_runs']} runs ended well.", ""]
+    lines += [f"Margins, fixed beforehand: {_margins(record['margins'])}.", ""]
+    lines += ["Better, worse: t tests at 5 % after Holm's correction over the comparisons that a question `tried`."]
+    lines += ["Equal: two one-sided tests at 5 % place the difference inside the margin.", ""]
+    if not record["evaluated"]:
+        lines += ["No benchmark was evaluated: the campaign has no evaluation.", ""]
+    for name, caption in CAPTIONS.items():
+        if name not in CLOCK:
+            lines += [f"## {caption}", "", _table(texts[name])]
+        if name == "deltas":
+            gaps = [f"- {markdown_text(gap)}" for gap in record["missing"]] or ["No pair is missing."]
+            lines += ["## Pairs that are missing", "", *gaps, ""]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    return markdown(rows) if rows else "none\n"
+
+
+def _margins(margins: Mapping[str, float | None]) -> str:
+    known = [(key, value) for key, value in margins.items() if value is not None]
+    units = {key: "nats" if key in LOSSES else "points (of plain text: nats)" for key, _ in known}
+    return ", ".join(f"{key} {value:g} {units[key]}" for key, value in known)
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -160,14 +259,43 @@ def csv_text(rows: Sequence[Row]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(rows[0])
     for row in rows:
-        writer.writerow([f"'{value}" if str(value)[:1] in ("=", "+", "@") else value for value in row.values()])
+        writer.writerow([_field(value) for value in row.values()])
     return stream.getvalue()
 
 
+def _field(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return f"'{visible(value)}" if value.startswith(MARKED) else visible(value)
+
+
 def write_report(folder: Path) -> str:
-    """Write ``report.md`` and one CSV file a table into the campaign's folder; gives the Markdown."""
-    text = report_text(folder)
-    write_bytes(folder / "report.md", text.encode())
-    for name, rows in tables(folder).items():
+    """Write the whole report into the campaign's folder; gives the Markdown.
+
+    ``report.md``, ``speed.md`` and ``report.html``; a CSV file for each table, a LaTeX file for those that people
+    read; the figures as PNG in ``figures/``.
+
+    Raises:
+        ConfigError: If there is no campaign in the folder.
+        DamagedError: If a record is not what was written.
+        OutputError: If the folder cannot be written.
+    """
+    return save_report(campaign_record(folder), folder)
+
+
+def save_report(record: Mapping[str, Any], folder: Path) -> str:
+    """Write what :func:`campaign_record` found; see :func:`write_report`."""
+    texts = _texts(record)
+    text = _text(record, texts)
+    for name, rows in record["tables"].items():
         write_bytes(folder / f"{name}.csv", csv_text(rows).encode())
+    for name, said in texts.items():
+        write_bytes(folder / f"{name}.tex", latex(said).encode())
+    plots = draw_campaign(record)
+    for name, drawn in plots.items():
+        write_bytes(folder / "figures" / f"{name}.png", drawn)
+    write_bytes(folder / "report.html", render_campaign(record, plots, texts).encode())
+    timed = [f"## {CAPTIONS[name]}\n\n{_table(texts[name])}" for name in ("speed_questions", "speed")]
+    write_bytes(folder / "speed.md", "\n".join([f"# Campaign {record['name']}: time\n", *timed]).encode())
+    write_bytes(folder / "report.md", text.encode())
     return text

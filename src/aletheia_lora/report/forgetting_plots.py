@@ -6,14 +6,10 @@ figures of their own, since they share no axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
-
-from .canvas import INK, MUTED, ROLE_COLOURS, RULE, SMALL_SIZE, beside, canvas, drawable, empty, png, shortened, wrapped
+from .canvas import ROLE_COLOURS, shortened
+from .forest import Line, forest
 from .forgetting import (
     BASE,
     POINTS,
@@ -34,20 +30,6 @@ from .forgetting import (
 )
 from .tables import Record
 from .words import known, visible
-
-MARGIN_COLOUR = "#e6eef5"
-HEADING_HEIGHT, ROW_HEIGHT, GAP = 0.36, 0.30, 0.14
-"""Inches of the name of a benchmark, of a line below it, and between benchmarks."""
-
-
-@dataclass(frozen=True)
-class _Line:
-    name: str
-    found: Mapping[str, Any] | None
-    colour: str
-    text: str
-    bold: bool = False
-    hollow: bool = False
 
 
 def draw_forgetting(record: Record) -> dict[str, bytes]:
@@ -75,7 +57,7 @@ def plot_forgetting(record: Record, tasks: Sequence[Task]) -> bytes:
     subtitle = f"{what}, item by item; right of the line is forgotten. Whiskers: {confidence_text(record)} intervals."
     blocks = [(_heading(task), _forgetting_lines(record, task)) for task in tasks]
     words = "points forgotten against the base model" if unit == POINTS else "nats per token lost to the base model"
-    return _forest(_forgetting_title(record, tasks), subtitle, blocks, words, unit)
+    return forest(_forgetting_title(record, tasks), subtitle, blocks, words)
 
 
 def plot_extra(record: Record, tasks: Sequence[Task]) -> bytes:
@@ -92,94 +74,13 @@ def plot_extra(record: Record, tasks: Sequence[Task]) -> bytes:
         colour = ROLE_COLOURS["selected"]
         text = "" if extra is None else number(extra["mean"], unit, signed=True)
         decided = verdict(record, task) not in ("", "undecided")
-        blocks.append((_heading(task), [_Line(verdict_text(record, task), extra, colour, text, bold=decided)]))
+        blocks.append((_heading(task), [Line(verdict_text(record, task), extra, colour, text, bold=decided)]))
     words = "points forgotten beyond uniform LoRA" if unit == POINTS else "nats per token lost beyond uniform LoRA"
     margin = known(tasks[0]["margin"]) if tasks else None
-    return _forest(_extra_title(record, tasks), subtitle, blocks, words, unit, margin=margin)
+    return forest(_extra_title(record, tasks), subtitle, blocks, words, margin=margin)
 
 
-def _forest(
-    title: str,
-    subtitle: str,
-    blocks: Sequence[tuple[tuple[str, str], Sequence[_Line]]],
-    words: str,
-    unit: str,
-    *,
-    margin: float | None = None,
-) -> bytes:
-    """Points with whiskers, grouped under the names of their benchmarks."""
-    height = sum(HEADING_HEIGHT + ROW_HEIGHT * len(lines) + GAP for _, lines in blocks)
-    with canvas(title, subtitle, body=max(height, 1.2), left=2.1, right=1.0) as (figure, axes):
-        if not blocks:
-            return empty(figure, axes, "No benchmark was evaluated.")
-        axes.set_ylim(-height, 0)
-        if margin is not None:
-            axes.axvspan(-margin, margin, color=MARGIN_COLOUR, linewidth=0, zorder=0)
-        axes.axvline(0, color=INK, linewidth=1)
-        centres, names = [], []
-        y = 0.0
-        for (heading, note), lines in blocks:
-            y -= HEADING_HEIGHT / 2 + GAP / 2
-            _write_heading(axes, y, heading, note)
-            y -= HEADING_HEIGHT / 2
-            for line in lines:
-                _draw_line(axes, y - ROW_HEIGHT / 2, line, unit)
-                centres.append(y - ROW_HEIGHT / 2)
-                names.append(drawable(wrapped(line.name, 30)))
-                y -= ROW_HEIGHT
-            y -= GAP / 2
-        low, high = axes.get_xlim()
-        reach = max(abs(low), abs(high))
-        axes.set_xlim(min(low, -0.35 * reach), max(high, 0.35 * reach))
-        axes.set_yticks(centres, names)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
-        axes.set_xlabel(words)
-        axes.grid(axis="x")
-        return png(figure)
-
-
-def _write_heading(axes: Axes, y: float, heading: str, note: str) -> None:
-    place = axes.get_yaxis_transform()
-    axes.axhline(y + HEADING_HEIGHT / 2, xmin=-2, color=RULE, linewidth=0.8, clip_on=False)
-    axes.annotate(
-        drawable(heading), (0, y), (-141, 0), place, "offset points", va="center", weight="bold", annotation_clip=False
-    )
-    axes.text(
-        1.0,
-        y,
-        drawable(note),
-        transform=place,
-        va="center",
-        ha="right",
-        color=MUTED,
-        fontsize=SMALL_SIZE,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
-    )
-
-
-def _draw_line(axes: Axes, y: float, line: _Line, unit: str) -> None:
-    mean = known((line.found or {}).get("mean"))
-    if line.found is None or mean is None:
-        beside(axes, 0, y, "not evaluated", colour=MUTED)
-        return
-    low, high = known(line.found.get("low")), known(line.found.get("high"))
-    if low is not None and high is not None:
-        axes.plot([low, high], [y, y], color=line.colour, linewidth=1.3, zorder=3, solid_capstyle="butt")
-        for end in (low, high):
-            axes.plot([end, end], [y - 0.05, y + 0.05], color=line.colour, linewidth=1.3, zorder=3)
-    inner = line.found.get("equivalence") or {}
-    if known(inner.get("low")) is not None:
-        axes.plot([inner["low"], inner["high"]], [y, y], color=line.colour, linewidth=4, zorder=3, alpha=0.55)
-    face = "white" if line.hollow else line.colour
-    axes.plot(mean, y, "o", color=line.colour, markerfacecolor=face, markersize=7, zorder=4)
-    text = line.text if low is not None else f"{line.text}  (n = {line.found.get('n', 0)})"
-    beside(axes, mean if high is None else max(high, mean), y, text, weight="bold" if line.bold else "normal")
-
-
-def _forgetting_lines(record: Record, task: Task) -> list[_Line]:
+def _forgetting_lines(record: Record, task: Task) -> list[Line]:
     lines = []
     for entry in task["arms"]:
         label = entry["label"]
@@ -188,12 +89,12 @@ def _forgetting_lines(record: Record, task: Task) -> list[_Line]:
         mean, role = mean_of(entry, "forgetting"), role_of(record, label)
         text = "" if mean is None else number(mean, task["unit"], signed=True)
         bold = label == record.get("selected")
-        lines.append(_Line(name_of(record, label), entry.get("forgetting"), ROLE_COLOURS[role], text, bold))
+        lines.append(Line(name_of(record, label), entry.get("forgetting"), ROLE_COLOURS[role], text, bold))
     noise = task.get("noise")
     if noise:
         colour = ROLE_COLOURS[role_of(record, noise["label"])]
         text = number(noise["mean"], task["unit"], signed=True)
-        lines.append(_Line("the same adapter twice", noise, colour, text, hollow=True))
+        lines.append(Line("the same adapter twice", noise, colour, text, hollow=True))
     return lines
 
 

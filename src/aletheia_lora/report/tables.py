@@ -44,7 +44,7 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
         return "No arms were compared.\n"
     heads = list(rows[0])
     lines = [heads, [":--" if index < NUM_TEXT_COLUMNS else "--:" for index in range(len(heads))]]
-    lines += [[_markdown_text(row.get(head, DASH)) for head in heads] for row in rows]
+    lines += [[markdown_text(row.get(head, DASH)) for head in heads] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
@@ -194,6 +194,7 @@ def _agree(name: str, stored: float | None, found: float) -> None:
         )
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """The text with every character escaped that means something in Markdown or HTML."""
     escaped = re.sub(r"([\\`*\[\]<>|~&$])", r"\\\1", text)
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", escaped)

@@ -27,7 +27,8 @@ def known(value: object) -> float | None:
 
 def visible(value: object) -> str:
     r"""The text on one line, with control, format and surrogate characters spelled out (``\x1b``, ``\u202e``)."""
-    return "".join(_visible_character(character) for character in str(value))
+    text = str(value)
+    return text if text.isprintable() else "".join(map(_visible_character, text))
 
 
 def unknown(reason: str) -> str:
