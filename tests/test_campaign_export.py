@@ -7,12 +7,14 @@ from hashlib import sha256
 import pytest
 import yaml
 
+from aletheia_lora.campaign import export as export_room
 from aletheia_lora.campaign.export import MEAN_COLUMNS, RUN_COLUMNS, SUMMARIES, export
 from aletheia_lora.campaign.records import CellFolder, DamagedError
 from aletheia_lora.campaign.spec import cells
 from aletheia_lora.cli import main
 from aletheia_lora.errors import ConfigError, OutputError, PrivacyError
 from aletheia_lora.files import write_json
+from aletheia_lora.report.campaign_plots import draw_campaign
 
 CANARY = "Canary7Bird"
 FOLDER = f"/srv/{CANARY}/secret"
@@ -25,6 +27,19 @@ TOKENS = {
     "header": "Bearer " + "abcdefghijkl",
     "remote": "https://alice:" + "pw@example.org/x.git",
 }
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """What figures are drawn from; they are not drawn, for that takes a while."""
+    seen = []
+
+    def stand_in(record):
+        seen.append(record)
+        return {}
+
+    monkeypatch.setattr(export_room, "draw_campaign", stand_in)
+    return seen
 
 
 def spec(**changed):
@@ -154,6 +169,23 @@ def test_cells_of_every_kind_are_counted(tmp_path):
     assert reasons == {"its grid of learning rates changed after it ran"}
 
 
+def test_the_figures_of_the_report_are_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_room, "draw_campaign", draw_campaign)
+    campaign(tmp_path / "small", spec())
+    export(tmp_path / "small", tmp_path / "bundle")
+    files = everything(tmp_path / "bundle")
+    pictures = {name for name, content in files.items() if content.startswith(b"\x89PNG")}
+    assert "speedup.png" in pictures and pictures < set(json.loads(files["summary.json"])["files"])
+    assert all(f"- `{name}`" in files["README.md"].decode() for name in pictures)
+
+
+def test_a_key_is_not_drawn_either(tmp_path, drawn):
+    methods = [{"name": TOKENS["github"], "strategy": "last", "adapter": "lora", "draws": 1}]
+    campaign(tmp_path / "small", spec(methods=methods))
+    refused(tmp_path, "figures, line [0-9]+: what looks like a key")
+    assert drawn == []
+
+
 def test_a_campaign_without_runs_has_tables_without_rows(tmp_path):
     methods = [{"name": "dora", "strategy": "all", "adapter": "dora", "draws": 1}]
     campaign(tmp_path / "small", spec(methods=methods, match=["time"]))
@@ -183,27 +215,27 @@ SPECS = {
 }
 
 
-def check_no_canary(folder):
-    for name, content in everything(folder).items():
+def check_no_canary(folder, drawn):
+    for name, content in {**everything(folder), "figures": json.dumps(drawn).encode()}.items():
         for canary in (CANARY, *TOKENS.values()):
             assert canary.lower() not in content.decode().lower(), name
 
 
 @pytest.mark.parametrize("where", CARRIERS)
-def test_what_a_record_holds_beside_the_columns_stays_behind(tmp_path, where):
+def test_what_a_record_holds_beside_the_columns_stays_behind(tmp_path, drawn, where):
     campaign(tmp_path / "small", spec(), lambda number: ("done", None, result(**CARRIERS[where])))
     export(tmp_path / "small", tmp_path / "bundle")
-    check_no_canary(tmp_path / "bundle")
+    check_no_canary(tmp_path / "bundle", drawn)
 
 
 @pytest.mark.parametrize("where", SPECS)
-def test_what_the_spec_holds_beside_the_keys_stays_behind(tmp_path, where):
+def test_what_the_spec_holds_beside_the_keys_stays_behind(tmp_path, drawn, where):
     campaign(tmp_path / "small", spec(**SPECS[where]))
     export(tmp_path / "small", tmp_path / "bundle")
-    check_no_canary(tmp_path / "bundle")
+    check_no_canary(tmp_path / "bundle", drawn)
 
 
-def test_logs_events_lines_of_progress_and_what_cells_share_stay_behind(tmp_path):
+def test_logs_events_lines_of_progress_and_what_cells_share_stay_behind(tmp_path, drawn):
     for place in campaign(tmp_path / "small", spec()):
         (place.path / "log.txt").write_text(f"{FOLDER} {TOKENS['hub']}")
         with place.lock():
@@ -211,7 +243,7 @@ def test_logs_events_lines_of_progress_and_what_cells_share_stay_behind(tmp_path
     (tmp_path / "small" / "shared").mkdir()
     (tmp_path / "small" / "shared" / "base.json").write_text(json.dumps({"text": CANARY}))
     export(tmp_path / "small", tmp_path / "bundle")
-    check_no_canary(tmp_path / "bundle")
+    check_no_canary(tmp_path / "bundle", drawn)
 
 
 @pytest.mark.parametrize(
@@ -222,13 +254,13 @@ def test_logs_events_lines_of_progress_and_what_cells_share_stay_behind(tmp_path
         (f"no room in {FOLDER}\nfor node9.cluster of {CANARY}", "no room in <path> for <name>.cluster of <name>"),
     ],
 )
-def test_reasons_are_told_without_paths_and_names(tmp_path, monkeypatch, reason, told):
+def test_reasons_are_told_without_paths_and_names(tmp_path, monkeypatch, drawn, reason, told):
     monkeypatch.setattr("getpass.getuser", lambda: CANARY.lower())
     campaign(tmp_path / "small", spec(), lambda number: ("failed", reason, {}))
     write_json(tmp_path / "small" / "driver.lock", {"pid": 1, "host": "node9", "since": "today"})
     export(tmp_path / "small", tmp_path / "bundle")
     assert {run["reason"] for run in rows_of(tmp_path / "bundle" / "aggregate_runs.csv")} == {told}
-    check_no_canary(tmp_path / "bundle")
+    check_no_canary(tmp_path / "bundle", drawn)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from statistics import fmean
 from typing import Any
 
 from ..files import check_output, whole_folder
-from ..privacy import Private, check_nothing_private, private_here, without_paths
+from ..privacy import Private, check_nothing_private, json_without_paths, private_here, without_paths
+from ..report.campaign_plots import draw_campaign
 from .methods import Method
 from .records import CellFolder
-from .report import csv_text, tables
+from .report import campaign_record, csv_text
 from .runner import driver_host
 from .spec import LIBRARIES, Margins, canonical, cells
 from .status import pinned_spec
@@ -108,6 +109,8 @@ TASK_KEYS = (
     "digest",
 )
 ENVIRONMENT_KEYS = ("python", *LIBRARIES, "threads", "device")
+DRAWN_TABLES = ("comparisons", "deltas", "speed", "scores")
+"""What figures are drawn from."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 Row = dict[str, Any]
 
@@ -139,9 +142,10 @@ def export(folder: Path, output: Path, *beside: Path) -> dict[str, str]:
 
 def bundle(folder: Path, private: Private) -> dict[str, bytes]:
     """The files of the bundle by name, the same for the same records."""
-    spec, made = pinned_spec(folder), tables(folder)
+    spec, record = pinned_spec(folder), campaign_record(folder)
+    made = record["tables"]
     runs, environments = _runs(folder, made, private)
-    figures = _figures(folder)
+    figures = _figures(record, private)
     files = {
         "aggregate_runs.csv": _csv(runs, tuple(RUN_COLUMNS)),
         **{name: _csv(_means(runs, keys), (*keys, *MEAN_COLUMNS)) for name, keys in SUMMARIES.items()},
@@ -152,7 +156,7 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
         "format": FORMAT,
         "name": spec["name"],
         "spec": _spec(spec),
-        "margins": {key: spec["margins"].get(key) for key in Margins.model_fields},
+        "margins": _margins(spec),
         "states": _states(folder, runs),
         "means": made["methods"],
         "versions": {key: spec["versions"].get(key) for key in ("aletheia-lora", *LIBRARIES)},
@@ -163,9 +167,17 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
     return {**files, SUMMARY: f"{text}\n".encode()}
 
 
-def _figures(folder: Path) -> dict[str, bytes]:
-    """The figures of the campaign's report, by file name."""
-    return {}
+def _figures(record: Mapping[str, Any], private: Private) -> dict[str, bytes]:
+    """The figures of the campaign's report, by file name, drawn from words without paths and names.
+
+    Raises:
+        PrivacyError: If something like a key would be drawn.
+    """
+    tables = {name: record["tables"][name] for name in DRAWN_TABLES}
+    allowed = {"match": record["match"], "methods": record["methods"], "margins": _margins(record), "tables": tables}
+    drawn = json_without_paths(allowed, private)
+    check_nothing_private({"figures": json.dumps(drawn, indent=0).encode()}, private)
+    return {f"{name}.png": picture for name, picture in draw_campaign(drawn).items()}
 
 
 def _runs(folder: Path, made: Mapping[str, list[Row]], private: Private) -> tuple[list[Row], list[dict[str, Any]]]:
@@ -227,6 +239,10 @@ def _states(folder: Path, runs: Sequence[Row]) -> dict[str, dict[str, int]]:
     counts = Counter(pairs)
     kinds = dict.fromkeys(kind for kind, _ in pairs)
     return {kind: {state: count for (of, state), count in counts.items() if of == kind} for kind in kinds}
+
+
+def _margins(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: spec["margins"].get(key) for key in Margins.model_fields}
 
 
 def _spec(spec: Mapping[str, Any]) -> dict[str, Any]:
