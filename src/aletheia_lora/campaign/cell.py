@@ -228,6 +228,7 @@ class Bench:
             **{key: self.content[key] for key in settings},
             attention_rank=self.content["rank"],
             mlp_rank=4 * self.content["rank"],
+            use_dora=method.adapter == "dora",
             seed=seed + DRAW_SEEDS * draw,
         )
 
