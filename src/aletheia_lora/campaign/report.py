@@ -134,7 +134,9 @@ def report_text(folder: Path) -> str:
 
 
 def _margins(margins: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{key} {value:g} nats" for key, value in margins.items() if value is not None)
+    known = [(key, value) for key, value in margins.items() if value is not None]
+    units = {key: "nats" if key in MEASURES else "points (of plain text: nats)" for key, _ in known}
+    return ", ".join(f"{key} {value:g} {units[key]}" for key, value in known)
 
 
 def _markdown(rows: Sequence[Row]) -> list[str]:
