@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..anatomy import anatomy
-from ..comparison.record import environment
+from ..environment import environment
 from ..errors import AdapterError
 from ..evaluation.adapters import adapter_digest
 from ..evaluation.evaluate import IDENTITY, Prepared, evaluate, prepare
