@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 from aletheia_lora.campaign.executors import end_with_parent
-from aletheia_lora.campaign.records import CellFolder, LockedError, chosen_rate
+from aletheia_lora.campaign.records import CellFolder, LockedError, chosen_rate, trained_run
 from aletheia_lora.campaign.runner import Budget, run_campaign
 from aletheia_lora.campaign.spec import load_campaign, resolved
 
@@ -37,6 +37,9 @@ def stand_in(path, _say):
         loss = int(hashlib.sha256(folder.cell.digest.encode()).hexdigest()[:8], 16) / 1e9
         if folder.cell.content["kind"] == "grid":
             result = {"validation_loss": loss, "rows_digest": "same"}
+        elif folder.cell.content["kind"] == "evaluation":
+            assert trained_run(folder)["state"] == "done"
+            result = {"evaluation": {"gsm8k": {"value": loss}}}
         else:
             rate, grid = chosen_rate(folder)
             result = {"learning_rate": rate, "grid": grid, "heldout_loss": loss, "layers": [0], "steps": 3}
@@ -171,6 +174,8 @@ def main():
     global SPEC, BASE
     path, output = Path(sys.argv[1]), Path(sys.argv[2])
     SPEC, BASE = resolved(load_campaign(path), path.parent), path.parent
+    if sys.argv[5] == "stand_in":  # without loading the tasks, which the stand-in does not look at
+        SPEC["evaluation"] = {"tasks": ["gsm8k"], "eval_batch_size": 8, "methods": ["random"], "match": None}
     num_kills, seed = int(sys.argv[3]), int(sys.argv[4])
     if sys.argv[5] == "cell":
         from aletheia_lora.campaign.cell import run_cell  # once, for all forks

@@ -50,7 +50,8 @@ def cluster():
     ray.shutdown()
 
 
-ENDS = spec(child.DONE, child.KILLED_ONCE, child.MEMORY_ONCE, child.RAISES, child.NO_RECORD)
+SEEDS = (child.DONE, child.KILLED_ONCE, child.MEMORY_ONCE, child.RAISES, child.NO_RECORD)
+ENDS = spec(*SEEDS, evaluation={"tasks": ["gsm8k"], "eval_batch_size": 4})
 
 
 def records(folder, executor):

@@ -7,6 +7,7 @@ a test and nothing more.
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 
@@ -36,6 +37,15 @@ def outside():
     with laid_out() as canaries:
         yield canaries
         assert not canaries.touched()
+
+
+def test_canaries_find_a_place_where_temporary_files_lie_deep(tmp_path, monkeypatch):
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with laid_out() as canaries:
+        assert len(canaries.socket_path) < 108 and not list(deep.iterdir())
+    assert not os.path.exists(canaries.folder)
 
 
 def test_the_self_check_names_every_attack_and_how_it_ended(sandbox, outside):

@@ -377,6 +377,17 @@ def campaign_cell(folder: Path, base: Path) -> None:
     raise typer.Exit(run_cell(folder, _say))
 
 
+@campaign.command("part", hidden=True)
+def campaign_part(folder: Path, place: Path) -> None:
+    """One of several processes that train a cell, as a launcher starts them."""
+    from .campaign.executors import end_with_parent
+
+    end_with_parent()
+    from .campaign.together import run_part  # late: it loads torch
+
+    raise typer.Exit(run_part(folder, place))
+
+
 def _show_campaign(record: dict[str, Any], as_json: bool) -> None:
     from .files import json_text
 

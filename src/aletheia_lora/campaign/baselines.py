@@ -1,6 +1,6 @@
-"""The name of an adapter -> how it is put on a model, and what its trainer needs: LoRA by plan, PEFT's DoRA, AdaLoRA.
+"""The name of an adapter -> how it is put on a model, and what its trainer needs: AdaLoRA beside those of a plan.
 
-The baselines adapt the modules of the plan at its rank, as PEFT ships them.
+The baselines adapt the modules of the plan at its rank, as PEFT ships them; LoRA and DoRA are a plan's own.
 """
 
 from __future__ import annotations
@@ -24,25 +24,22 @@ def adapter_of(name: str, steps: int) -> Adapt:
 
     AdaLoRA starts at 1.5 times the rank and ends at the rank; it prunes from a tenth to seven tenths of the steps.
     """
-    if name == "lora":
+    if name != "adalora":
         return attach_plan
 
     def adapt(model: Any, plan: Plan, seed: int) -> PeftModel:
-        config = plan.lora_config()
-        if name == "dora":
-            config.use_dora = True
-        else:
-            config = AdaLoraConfig(
-                init_r=config.r + config.r // 2,
-                target_r=config.r,
-                tinit=steps // 10,
-                tfinal=3 * steps // 10,
-                total_step=steps,
-                lora_alpha=config.lora_alpha,
-                target_modules=config.target_modules,
-                fan_in_fan_out=config.fan_in_fan_out,
-                task_type=config.task_type,
-            )
+        lora = plan.lora_config()
+        config = AdaLoraConfig(
+            init_r=lora.r + lora.r // 2,
+            target_r=lora.r,
+            tinit=steps // 10,
+            tfinal=3 * steps // 10,
+            total_step=steps,
+            lora_alpha=lora.lora_alpha,
+            target_modules=lora.target_modules,
+            fan_in_fan_out=lora.fan_in_fan_out,
+            task_type=lora.task_type,
+        )
         with random_state_kept():
             torch.manual_seed(seed)
             return get_peft_model(model, config)

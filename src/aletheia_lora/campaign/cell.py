@@ -1,7 +1,8 @@
 """A cell's folder -> its record: what the child process of a campaign does, and nothing else does.
 
 The model, the rows and the trainers are those of ``aletheia compare``. What cells may share (the base model's losses,
-the probe of a seed, a prefix cache) lies beside them in ``shared/``, made by the first that needs it.
+the probe of a seed, a prefix cache) lies beside them in ``shared/``, made by the first that needs it. Where several
+processes train a cell, the child starts them, and alone writes into the folder.
 """
 
 from __future__ import annotations
@@ -36,23 +37,25 @@ from ..plan_options import PlanOptions
 from ..planning import Plan, mean_ranks, plan_from_probe, probe_rows
 from ..prediction import probe_cost
 from ..probe_result import ProbeResult
+from ..processes import on_main, world_size
 from ..rows import load_rows
-from ..run_config import configuration
-from ..runs import EMBEDDED, Say, load_model
+from ..runs import EMBEDDED, Say
 from ..training.interleave import take_turns
 from .baselines import adapter_of, prepared
+from .evaluated import ADAPTER, evaluated
 from .executors import EXIT_MACHINE, EXIT_MEMORY
 from .methods import METHODS, Method
-from .records import CellFolder, LockedError, chosen_rate, faults, locked, read_json
-from .spec import canonical
+from .records import CellFolder, LockedError, chosen_rate, faults, read_json
+from .shared import base_identity, model_of, shared_file
 
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE}
 SPLIT_SEED, GRID_SEED = 0, 1_000_000
 """Held-out rows are the same for every seed; the grid is searched under a seed of its own."""
-ADAPTER = "adapter"
-"""Folder of what a run trained, in that of its cell."""
 DRAW_SEEDS = 1_000_003
 """So far apart are the seeds of two draws."""
+
+Outcome = tuple[str, str | None, dict[str, Any]]
+"""State, reason and result of a cell."""
 
 
 def run_cell(path: Path, say: Say) -> int:
@@ -73,16 +76,24 @@ def run_cell(path: Path, say: Say) -> int:
 
 def _attempted(folder: CellFolder, say: Say) -> int:
     started = time.perf_counter()
+
+    def aside(line: str) -> None:
+        say(line)
+        folder.append("progress", line=line)
+
     try:
         folder.append("attempt_started", pid=os.getpid(), environment=environment())
-        state, reason, result = _outcome(folder, say)
+        outcome = _outcome(folder, aside)
+        if isinstance(outcome, int):
+            return outcome
+        state, reason, result = outcome
         folder.finish(state, reason, **result, seconds=time.perf_counter() - started)
     except Exception as error:
         code = exit_code(error)
         traceback.print_exc()
         if code is not None:
             return code
-        folder.finish("nan" if isinstance(error, NonFiniteLossError) else "failed", reason_of(error))
+        folder.finish(*failure(error))
     return 0
 
 
@@ -97,9 +108,10 @@ def exit_code(error: BaseException | None) -> int | None:
     return None
 
 
-def reason_of(error: BaseException) -> str:
-    """One line for a record."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+def failure(error: Exception) -> tuple[str, str]:
+    """State and reason, in one line, of a cell that the program failed."""
+    state = "nan" if isinstance(error, NonFiniteLossError) else "failed"
+    return state, f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
 # --- what a cell works with -------------------------------------------------------------------------------------
@@ -128,9 +140,7 @@ class Bench:
             UnsupportedModelError: If the model cannot be loaded.
             DataError: If the rows cannot be read, or are too few.
         """
-        entry = content["model"]
-        config = configuration({key: entry[key] for key in ("model", "dtype", "device")})
-        model, tokenizer = load_model(config, say)
+        model, tokenizer = model_of(content, say)
         looked_at = content["heldout_rows"] + content["validation_rows"]
         task = content["task"]
         if task["data"] == EMBEDDED:
@@ -168,15 +178,9 @@ class Bench:
 
     def shared_file(self, name: str, identity: dict[str, Any], write: Callable[[Path], object]) -> Path:
         """A file that other cells use, too; written here if it is not there yet. The others wait meanwhile."""
-        keys = ("model", "task", "heldout_rows", "validation_rows", "batch_size", "versions")
-        whole = {**{key: self.content[key] for key in keys}, **identity}
-        file = self.shared / f"{name}-{sha256(canonical(whole).encode()).hexdigest()[:16]}.json"
-        if not file.exists():
-            self.shared.mkdir(parents=True, exist_ok=True)
-            with locked(file.with_suffix(".lock"), seconds=math.inf):
-                if not file.exists():
-                    write(file)
-        return file
+        keys = ("task", "heldout_rows", "validation_rows", "batch_size")
+        whole = {**base_identity(self.content), **{key: self.content[key] for key in keys}, **identity}
+        return shared_file(self.shared, f"{name}.json", whole, write)
 
     def base(self, say: Say) -> dict[str, Any]:
         """Losses of the model as it is, and the digest of the rows that they were measured on."""
@@ -228,6 +232,7 @@ class Bench:
             **{key: self.content[key] for key in settings},
             attention_rank=self.content["rank"],
             mlp_rank=4 * self.content["rank"],
+            use_dora=method.adapter == "dora",
             seed=seed + DRAW_SEEDS * draw,
         )
 
@@ -267,20 +272,35 @@ def _tokens(rows: Any, task: dict[str, Any], tokenizer: Any) -> TokenizedRows:
 # --- the run ----------------------------------------------------------------------------------------------------
 
 
-def _outcome(folder: CellFolder, say: Say) -> tuple[str, str | None, dict[str, Any]]:
-    """State, reason and result of the cell."""
-
-    def aside(line: str) -> None:
-        say(line)
-        folder.append("progress", line=line)
-
+def _outcome(folder: CellFolder, say: Say) -> Outcome | int:
+    """State, reason and result of the cell; or the exit code where the machine ended the processes that trained it."""
     content = folder.cell.content
-    micro_batches = 2 ** faults(folder.events(), "memory")
-    bench = Bench.of(content, folder.path.parent.parent / "shared", micro_batches, say)
+    if content["kind"] == "evaluation":
+        return _judged(evaluated(folder, say))
+    if content.get("processes", 1) > 1:
+        from .together import train_together  # late: it builds on this room
+
+        return train_together(folder, say)
+    return trained_cell(folder, folder.path / ADAPTER, say)
+
+
+def trained_cell(folder: CellFolder, keep: Path, say: Say) -> Outcome:
+    """Train the cell in this process, alone or as one of several; a run's adapter goes to ``keep``."""
+    bench = bench_of(folder, say)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainers' own advice
-        result = _grid(bench, aside) if content["kind"] == "grid" else _run(bench, folder, aside)
-    if not all(math.isfinite(look["loss"]) for look in result["heldout"]):
+        result = _grid(bench, say) if bench.content["kind"] == "grid" else _run(bench, folder, keep, say)
+    return _judged(result)
+
+
+def bench_of(folder: CellFolder, say: Say) -> Bench:
+    """What this cell works with; after attempts that ran out of memory with smaller micro-batches."""
+    micro_batches = 2 ** faults(folder.events(), "memory")
+    return Bench.of(folder.cell.content, folder.path.parent.parent / "shared", micro_batches, say)
+
+
+def _judged(result: dict[str, Any]) -> Outcome:
+    if not all(math.isfinite(look["loss"]) for look in result.get("heldout", ())):
         return "nan", "a held-out loss is not finite", result
     broken = [name for name, holds in result["checks"].items() if not holds]
     return ("invalid", f"checks that do not hold: {', '.join(broken)}", result) if broken else ("done", None, result)
@@ -303,7 +323,7 @@ def _grid(bench: Bench, say: Say) -> dict[str, Any]:
     return {**result, "validation_loss": result["heldout"][-1]["loss"]}
 
 
-def _run(bench: Bench, folder: CellFolder, say: Say) -> dict[str, Any]:
+def _run(bench: Bench, folder: CellFolder, keep: Path, say: Say) -> dict[str, Any]:
     """A run at the rate that the grid gave, looked at on the held-out rows and the other text."""
     content = bench.content
     base = bench.base(say)
@@ -319,7 +339,7 @@ def _run(bench: Bench, folder: CellFolder, say: Say) -> dict[str, Any]:
         evaluations=content["evaluations"],
         say=say,
     )
-    result["adapter_digest"] = _keep_adapter(adapted, folder.path / ADAPTER)
+    result["adapter_digest"] = on_main(lambda: _keep_adapter(adapted, keep), "keeping the adapter")
     other = bench.other_text()
     result["checks"]["rows"] = base["rows_digest"] == bench.rows_digest and all(
         entry["rows_digest"] in (None, bench.rows_digest) for entry in grid
@@ -420,6 +440,7 @@ def _measured(bench: Bench, arm: Arm, adapted: Any) -> dict[str, Any]:
         "learning_rate": arm.learning_rate,
         "steps": arm.steps,
         "micro_batches": arm.gradient_accumulation,
+        "processes": world_size(),
         "lowest_backward_layer": arm.lowest_backward_layer,
         "heldout": arm.heldout,
         "train_losses": arm.train_losses,

@@ -95,17 +95,7 @@ def forecast(spec: Mapping[str, Any], say: Say) -> dict[str, Any]:
                 grounds[model["name"], task["name"]] = _ground(model, task, spec, say)
             except (AletheiaError, ValueError) as error:
                 grounds[model["name"], task["name"]] = " ".join(str(error).split())
-    entries: list[dict[str, Any]] = []
-    for cell in cells(spec):
-        ground = grounds[cell.content["model"]["name"], cell.content["task"]["name"]]
-        entries.append(
-            {
-                "cell": cell.folder_name,
-                "seconds": ground.seconds(cell) if isinstance(ground, _Ground) else None,
-                "bytes": ground.num_bytes(cell) if isinstance(ground, _Ground) else None,
-                "reason": ground if isinstance(ground, str) else None,
-            }
-        )
+    entries = [_entry(cell, grounds[cell.group[:2]]) for cell in cells(spec)]
     per_module = PROBE_BYTES + PROBE_BATCH_BYTES * spec["probe_batches"]
     known = [ground for ground in grounds.values() if isinstance(ground, _Ground)]
     probes = sum(len(ground.found.modules) * per_module * (len(spec["seeds"]) + 1) for ground in known)
@@ -116,6 +106,17 @@ def forecast(spec: Mapping[str, Any], say: Say) -> dict[str, Any]:
         "bytes": probes + sum(entry["bytes"] or 0.0 for entry in entries),
         "num_unknown": sum(entry["seconds"] is None for entry in entries),
         "cells": entries,
+    }
+
+
+def _entry(cell: Cell, ground: _Ground | str) -> dict[str, Any]:
+    if cell.content["kind"] == "evaluation" and not isinstance(ground, str):
+        ground = "an answer is as long as the model makes it"
+    return {
+        "cell": cell.folder_name,
+        "seconds": ground.seconds(cell) if isinstance(ground, _Ground) else None,
+        "bytes": ground.num_bytes(cell) if isinstance(ground, _Ground) else None,
+        "reason": ground if isinstance(ground, str) else None,
     }
 
 
@@ -157,7 +158,7 @@ def forecast_text(record: Mapping[str, Any]) -> str:
     total = f"{duration(record['seconds'])} and {record['bytes'] / 1e6:.1f} MB{unknown}"
     lines.append(
         f"{record['num_cells']} cells, about {total}. Time is counted operations at this machine's rate, one cell "
-        "after the other; starting processes, loading models and probing are not in it, and methods that choose by "
-        "score are taken at all layers."
+        "after the other; starting processes, loading models, probing and unpacking quantized weights are not in it, "
+        "and methods that choose by score are taken at all layers."
     )
     return "\n".join(lines)

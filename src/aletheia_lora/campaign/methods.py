@@ -27,9 +27,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "all_matched_params": {"strategy": "all", "allocation": "uniform", "params_of": "paper"},
     "dora": {"strategy": "all", "allocation": "uniform", "trainer": "trainer", "adapter": "dora"},
     "adalora": {"strategy": "all", "allocation": "uniform", "trainer": "trainer", "adapter": "adalora"},
+    "qlora": {"strategy": "all", "allocation": "uniform", "quantization": "nf4"},
 }
 """``uniform`` runs through our trainer and ``uniform_trainer`` as plain PEFT under transformers' Trainer; DoRA
-(arXiv 2402.09353) and AdaLoRA (arXiv 2303.10512) are PEFT's, on every layer, under transformers' Trainer."""
+(arXiv 2402.09353) and AdaLoRA (arXiv 2303.10512) are PEFT's, on every layer, under transformers' Trainer; QLoRA
+(arXiv 2305.14314) is ``uniform`` over a base model in 4-bit NormalFloat."""
 
 SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread")
 """Strategies that read scores."""
@@ -53,6 +55,9 @@ class Method(BaseModel):
     )
     trainer: Literal["aletheia", "trainer"] = Field("aletheia", description="Ours, or transformers' Trainer.")
     adapter: Literal["lora", "dora", "adalora"] = Field("lora", description="Kind of adapter.")
+    quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
+        "none", description="How bitsandbytes packs the base model that it trains on, and is compared with."
+    )
     draws: Annotated[int, Field(ge=1)] = Field(1, description="Cells per seed, each with its own random choice.")
 
     @property

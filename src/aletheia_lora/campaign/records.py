@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import AletheiaError, OutputError
 from ..files import write_json
-from .spec import Cell, canonical, grid_of
+from .spec import Cell, canonical, grid_of, run_behind
 
 FORMAT = "aletheia-cell/1"
 STATES = ("planned", "running", "interrupted", "oom", "failed", "nan", "invalid", "done")
@@ -325,3 +325,24 @@ def _grid_entries(folder: CellFolder) -> Iterator[dict[str, Any]]:
             "validation_loss": record["result"].get("validation_loss"),
             "rows_digest": record["result"].get("rows_digest"),
         }
+
+
+def run_folder(folder: CellFolder) -> CellFolder:
+    """The folder of the run whose adapter this evaluation asks."""
+    run = run_behind(folder.cell)
+    return CellFolder(folder.path.parent / run.folder_name, run)
+
+
+def trained_run(folder: CellFolder) -> dict[str, Any]:
+    """The record of the run whose adapter this evaluation asks.
+
+    Raises:
+        AletheiaError: If it has none yet, or did not end well; gives its reason.
+    """
+    run = run_folder(folder)
+    record = run.record()
+    if record is None:
+        raise AletheiaError(f"its run {run.path.name!r} has no record yet. Run the campaign first.")
+    if record["state"] != "done":
+        raise AletheiaError(f"its run ended as {record['state']}: {record['reason']}")
+    return record

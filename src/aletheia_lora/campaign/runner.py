@@ -23,8 +23,8 @@ from typing import Any
 from ..errors import AletheiaError, ConfigError, OutputError
 from ..files import check_writable, write_json
 from .executors import EXIT_MACHINE, EXIT_MEMORY, Executor, Job
-from .records import CellFolder, LockedError, chosen_rate, faults, locked, now, read_pinned
-from .spec import Cell, cells, changes, grid_of
+from .records import CellFolder, LockedError, chosen_rate, faults, locked, now, read_pinned, trained_run
+from .spec import Cell, cells, changes, grid_of, run_behind
 
 MACHINE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 FREE_BYTES = 64 << 20
@@ -154,7 +154,7 @@ class Driver:
             if len(self.jobs) >= self.workers:
                 return
             place = self.place(cell)
-            if time.monotonic() < not_before or not self._has_its_rate(place) or place.is_locked():
+            if time.monotonic() < not_before or not self._has_what_it_needs(place) or place.is_locked():
                 continue
             free = shutil.disk_usage(self.folder).free
             if free < FREE_BYTES:
@@ -176,14 +176,19 @@ class Driver:
                 "campaign again."
             ) from error
 
-    def _has_its_rate(self, place: CellFolder) -> bool:
-        """True when the grid of this run is there; a run whose grid failed throughout fails here, with its reason."""
-        if place.cell.content["kind"] == "grid":
+    def _has_what_it_needs(self, place: CellFolder) -> bool:
+        """True when the cells that this one builds on are there: a run's grid, an evaluation's run.
+
+        A cell whose own ended badly fails here, with their reason.
+        """
+        kind = place.cell.content["kind"]
+        if kind == "grid":
             return True
-        if any(cell in self.waiting or cell in self.jobs for cell in grid_of(place.cell)):
+        needed = [run_behind(place.cell)] if kind == "evaluation" else grid_of(place.cell)
+        if any(cell in self.waiting or cell in self.jobs for cell in needed):
             return False
         try:
-            chosen_rate(place)
+            trained_run(place) if kind == "evaluation" else chosen_rate(place)
         except AletheiaError as error:
             with place.lock():
                 if place.record() is None:
@@ -213,10 +218,10 @@ class Driver:
     def _without_record(self, place: CellFolder, code: int) -> float | None:
         """Note why there is no record; gives the pause before the next attempt, None if there will be none."""
         before, self.oom_kills = self.oom_kills, oom_kills()
-        batch_size = int(place.cell.content["batch_size"])
         if code == EXIT_MEMORY or (code == -signal.SIGKILL and self.oom_kills > before):
             place.append("attempt_ended", cause="memory", code=code, reason="out of memory")
             count = faults(place.events(), "memory")
+            batch_size = rows_at_a_time(place.cell)
             if count <= self.budget.memory_faults and batch_size % 2**count == 0:
                 self.say(f"{place.path.name}: out of memory; again with {batch_size // 2**count} rows at a time")
                 return 0.0
@@ -309,6 +314,14 @@ def signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def rows_at_a_time(cell: Cell) -> int:
+    """Rows that a process of this cell takes at once: of a step, or prompts of an evaluation."""
+    content = cell.content
+    if content["kind"] == "evaluation":
+        return int(content["evaluation"]["eval_batch_size"])
+    return int(content["batch_size"]) // int(content.get("processes", 1))
 
 
 def oom_kills() -> int:

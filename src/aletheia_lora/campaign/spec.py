@@ -1,7 +1,8 @@
 """A YAML file -> a checked :class:`Campaign`, and its cells: every run that it asks for, named by content.
 
 Two cells with the same content are the same run; whatever could change its result is part of the content, the digests
-of local files and the versions of the libraries included.
+of local files and the versions of the libraries included. A setting that came later is a part of it only where it is
+not as it always was, so that the cells from before it keep their names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from .. import __version__
 from ..errors import ConfigError, nearest
 from ..run_config import read_yaml
+from .checks import check_campaign
+from .launcher import check_launcher
 from .methods import METHODS, Method
+from .pack import CHOICES, Evaluation, resolved_pack
 
 FORMAT = "aletheia-campaign/1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -39,6 +43,8 @@ SHARED = (
     "versions",
 )
 """What the content of every cell holds, beside its model, task and method."""
+LATER = ("processes", "accelerate_config")
+"""The same, where they are not as they always were: one process without a launcher."""
 
 
 def _plain_name(name: str) -> str:
@@ -87,7 +93,13 @@ class Task(_Strict):
 
 
 class Margins(_Strict):
-    """Differences that count as none, fixed before anything runs."""
+    """Differences that count as none, fixed before anything runs; tasks of ``evaluation`` may be named beside these.
+
+    Those are in points of 100, for plain text in nats per token.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Margin]
 
     heldout_loss: Margin = Field(description="In nats per token, on the task.")
     other_loss: Margin | None = Field(None, description="In nats per token, on the other text.")
@@ -119,27 +131,10 @@ class Campaign(_Strict):
     other_text: Task | None = Field(None, description="Another text whose loss is measured at the end of a run.")
     other_rows: int = Field(64, ge=1, description="Rows of it.")
     prefix_cache: bool = Field(False, description="Keep frozen layers' output on disk, shared by cells.")
+    processes: int = Field(1, ge=1, description="Processes that train a cell together; they share a step's rows.")
+    accelerate_config: str | None = Field(None, description="Start them by accelerate launch; relative to the spec.")
+    evaluation: Evaluation | None = Field(None, description="Standard tasks that every run's adapter is asked.")
     margins: Margins
-
-
-def _check_nothing_twice(campaign: Campaign) -> None:
-    """Refuse what would run twice."""
-    for key in ("models", "tasks", "methods"):
-        _refuse_twice(key, [entry.name for entry in getattr(campaign, key)])
-    for key in ("seeds", "learning_rates", "match"):
-        _refuse_twice(key, getattr(campaign, key))
-    for key in ("models", "tasks", "methods"):
-        seen: dict[str, str] = {}
-        for entry in getattr(campaign, key):
-            other = seen.setdefault(canonical(entry.model_dump(exclude={"name", "draws"})), entry.name)
-            if other != entry.name:
-                raise ConfigError(f"{key}: {other!r} and {entry.name!r} are the same. Keep one of the two.")
-
-
-def _refuse_twice(key: str, values: Sequence[Any]) -> None:
-    for value in values:
-        if values.count(value) > 1:
-            raise ConfigError(f"{key}: {value!r} is given twice, so its cells would be doubled. Keep one of the two.")
 
 
 def canonical(value: Any) -> str:
@@ -181,10 +176,20 @@ def load_campaign(path: Path) -> Campaign:
         if not isinstance(entries, list):
             raise ConfigError(f"{key} is a {type(entries).__name__}, expected a list.")
         values[key] = [entry if short is None else short(entry) for entry in entries]
+    _check_margins(values)
     campaign = _checked(values)
-    _check_nothing_twice(campaign)
-    _check_words(campaign.methods)
+    check_campaign(campaign)
     return campaign
+
+
+def _check_margins(values: Mapping[str, Any]) -> None:
+    """Beside its own keys `margins` has the tasks of the evaluation, and no others."""
+    margins, pack = values.get("margins"), values.get("evaluation")
+    tasks = pack.get("tasks") if isinstance(pack, dict) else None
+    known = [*Margins.model_fields, *(tasks if isinstance(tasks, list) else ())]
+    for key in margins if isinstance(margins, dict) else ():
+        if key not in known:
+            raise ConfigError(f"unknown key 'margins.{key}'. {nearest(str(key), known)}")
 
 
 def _checked(values: Mapping[str, Any]) -> Campaign:
@@ -210,6 +215,7 @@ def _fields_at(place: Sequence[Any]) -> list[str]:
         "methods": Method,
         "other_text": Task,
         "margins": Margins,
+        "evaluation": Evaluation,
     }
     return list((entry[place[0]] if place else Campaign).model_fields)
 
@@ -246,31 +252,6 @@ def _method(entry: Any) -> Any:
     return given
 
 
-def _check_words(methods: Sequence[Method]) -> None:
-    """Each score, strategy and allocation exists."""
-    from ..allocation import ALLOCATIONS  # late: these rooms load torch
-    from ..scores import SCORES
-    from ..selection import STRATEGIES
-
-    tables: dict[str, Mapping[str, Any]] = {
-        "score": SCORES,
-        "strategy": STRATEGIES,
-        "allocation": ALLOCATIONS,
-        "params_of": METHODS,
-    }
-    for method in methods:
-        for key, table in tables.items():
-            word = getattr(method, key)
-            if word is not None and word not in table:
-                raise ConfigError(f"method {method.name!r}: unknown {key} {word!r}. {nearest(word, table)}")
-        if method.draws > 1 and "random" not in (method.strategy, method.score):
-            raise ConfigError(f"method {method.name!r}: {method.draws} draws of a choice that is not random.")
-        if method.adapter != "lora" and (method.trainer != "trainer" or method.params_of is not None):
-            raise ConfigError(f"method {method.name!r}: {method.adapter} runs under trainer: trainer, at the one rank.")
-        if method.params_of is not None and method.allocation != "uniform":
-            raise ConfigError(f"method {method.name!r}: params_of finds one rank, so its allocation is uniform.")
-
-
 # --- what is fixed when a campaign starts -----------------------------------------------------------------------
 
 
@@ -280,14 +261,47 @@ def resolved(campaign: Campaign, base: Path) -> dict[str, Any]:
     Args:
         campaign: The checked spec.
         base: Folder that paths are relative to: that of the spec.
+
+    Raises:
+        ConfigError: If a task of the evaluation, a quantization or a launcher's configuration cannot be had.
+        DataError, SandboxError: As :func:`~aletheia_lora.campaign.pack.resolved_pack`.
     """
     record = campaign.model_dump(mode="json")
     for entry in record["models"]:
         entry["digest"] = digest_of(base / entry["model"])
     for entry in [*record["tasks"], *filter(None, [record["other_text"]])]:
         entry["digest"] = digest_of(base / entry["data"])
-    versions = {"aletheia-lora": __version__, **{name: version(name) for name in LIBRARIES}}
-    return {"format": FORMAT, **record, "versions": versions}
+    record["versions"] = {"aletheia-lora": __version__, **{name: version(name) for name in LIBRARIES}}
+    later = _resolved_later(campaign, record, base)
+    return {"format": FORMAT, **record, **later}
+
+
+def _resolved_later(campaign: Campaign, record: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The settings that a record holds only where they are not as they always were; they are taken out of it."""
+    for key in (*LATER, "evaluation"):
+        del record[key]
+    found: dict[str, Any] = {}
+    for entry in record["methods"]:
+        if entry["quantization"] == "none":
+            del entry["quantization"]
+        else:
+            found["packed_versions"] = _packed_versions(entry["quantization"])
+    if campaign.processes > 1:
+        found["processes"] = campaign.processes
+    if campaign.accelerate_config is not None:
+        file = check_launcher(base / campaign.accelerate_config)
+        found["accelerate_config"] = {"file": campaign.accelerate_config, "digest": digest_of(file)}
+    if campaign.evaluation is not None:
+        found["evaluation"] = resolved_pack(campaign.evaluation, base)
+    return found
+
+
+def _packed_versions(quantization: str) -> dict[str, str]:
+    """Versions of what packs a base model; refused where it is not installed."""
+    from ..quantized import quantization_config  # late: it loads torch
+
+    quantization_config(quantization)
+    return {"bitsandbytes": version("bitsandbytes")}
 
 
 def digest_of(path: Path) -> str | None:
@@ -362,31 +376,36 @@ def cells(spec: Mapping[str, Any]) -> list[Cell]:
     """The cells of a resolved spec, in the order they run: the runs seed after seed, and a task's grids before them.
 
     The methods of a seed run one after the other: what is compared meets the same hour of the machine, and a campaign
-    that is cut short has whole seeds. PEFT's other adapters have no predicted time, so they have no cell at equal time.
+    that is cut short has whole seeds. Evaluations come last. PEFT's other adapters and packed base models have no
+    predicted time, so they have no cell at equal time.
     """
     runs = list(_runs(spec))
     grids: dict[tuple[str, str], list[Cell]] = {}
     for run in runs:
         grids.setdefault(run.group[:2], []).extend(grid_of(run))
-    return list(dict.fromkeys(cell for run in runs for cell in [*grids[run.group[:2]], run]))
+    trained = dict.fromkeys(cell for run in runs for cell in [*grids[run.group[:2]], run])
+    pack = spec.get("evaluation")
+    return [*trained, *(evaluation_of(run, pack) for run in runs if pack is not None and _is_asked(run, pack))]
 
 
 def _runs(spec: Mapping[str, Any]) -> Iterator[Cell]:
-    common = {key: spec[key] for key in SHARED if key in spec}
+    common = {key: spec[key] for key in (*SHARED, *LATER) if key in spec}
     keys = ("learning_rates", "grid_steps", "steps", "evaluations", "other_text", "other_rows")
     measured = {key: spec[key] for key in keys}
     places = [(match, model, task) for match in spec["match"] for model in spec["models"] for task in spec["tasks"]]
     for match, model, task in places:
         for seed in spec["seeds"]:
             for method in spec["methods"]:
-                if match != "steps" and method["adapter"] != "lora":
+                if match != "steps" and (method["adapter"] != "lora" or is_packed(method)):
                     continue
+                versions = spec["packed_versions"] if is_packed(method) else {}
                 for draw in range(method["draws"]):
                     yield Cell(
                         {
                             "kind": "run",
                             **common,
                             **measured,
+                            "versions": {**spec["versions"], **versions},
                             "model": model,
                             "task": task,
                             "method": {key: value for key, value in method.items() if key != "draws"},
@@ -397,9 +416,32 @@ def _runs(spec: Mapping[str, Any]) -> Iterator[Cell]:
                     )
 
 
+def is_packed(method: Mapping[str, Any]) -> bool:
+    """True where the method's base model is quantized."""
+    return bool(method.get("quantization", "none") != "none")
+
+
 def grid_of(run: Cell) -> list[Cell]:
     """The cells whose outcome gives a run its learning rate; none where only one rate is allowed."""
-    shared = {key: run.content[key] for key in (*SHARED, "model", "task", "method")}
+    keys = (*SHARED, *LATER, "model", "task", "method")
+    shared = {key: run.content[key] for key in keys if key in run.content}
     shared["steps"] = run.content["grid_steps"]
     rates = run.content["learning_rates"]
     return [Cell({"kind": "grid", **shared, "learning_rate": rate}) for rate in rates if len(rates) > 1]
+
+
+def evaluation_of(run: Cell, pack: Mapping[str, Any]) -> Cell:
+    """The cell that asks a run's adapter what the pack says."""
+    asked = {key: value for key, value in pack.items() if key not in CHOICES}
+    return Cell({**run.content, "kind": "evaluation", "evaluation": asked})
+
+
+def run_behind(evaluation: Cell) -> Cell:
+    """The run whose adapter an evaluation asks."""
+    content = {key: value for key, value in evaluation.content.items() if key != "evaluation"}
+    return Cell({**content, "kind": "run"})
+
+
+def _is_asked(run: Cell, pack: Mapping[str, Any]) -> bool:
+    named = {"methods": run.content["method"]["name"], "match": run.content["match"]}
+    return all(pack.get(key) is None or name in pack[key] for key, name in named.items())

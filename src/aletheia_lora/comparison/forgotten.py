@@ -6,15 +6,15 @@ asked. Goes out: the record ``forgetting.json``, beside the answers it was compu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..evaluation.evaluate import Prepared, evaluate
-from ..evaluation.forgetting import forgetting_report
-from ..evaluation.items import ItemResult, read_items
+from ..evaluation.forgetting import first_metrics, forgetting_report
+from ..evaluation.items import read_items
 
 AGAIN = "selected, asked again"
 
@@ -78,7 +78,7 @@ def forgotten(
         loss_margin=margins.loss_margin,
         repeat=AGAIN,
         groups=record["groups"],
-        metrics=_first_metrics(results, record["groups"]),
+        metrics=first_metrics(results, record["groups"]),
         about={"model": model_name, "options": record["options"], "sources": record["sources"]},
     )
 
@@ -86,13 +86,3 @@ def forgotten(
 def _other(batch_size: int) -> int:
     """Another batch size, so that rows meet other neighbours and other padding."""
     return max(batch_size // 2, 1) if batch_size > 1 else 2
-
-
-def _first_metrics(results: Sequence[ItemResult], groups: dict[str, Sequence[str]]) -> dict[str, str]:
-    """For each benchmark whose items have several scores, the one that its task names first."""
-    group_of = {leaf: name for name, leaves in groups.items() for leaf in leaves}
-    found: dict[str, str] = {}
-    for item in results:
-        if len(item.scores) > 1:
-            found.setdefault(group_of.get(item.task, item.task), next(iter(item.scores)))
-    return found

@@ -20,6 +20,7 @@ from ..adapter import shared_copy
 from ..data import TokenizedRow, collate
 from ..files import whole_folder
 from ..planning import Plan
+from ..processes import world_size
 from ..training.interleave import Turn
 from ..training.prefix_cache import PrefixCacheOptions
 from ..training.trainer import SFTTrainer, attach_plan
@@ -88,7 +89,7 @@ def make_trainer(
     common: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": arm.steps,
-        "per_device_train_batch_size": options.batch_size // arm.gradient_accumulation,
+        "per_device_train_batch_size": options.batch_size // arm.gradient_accumulation // world_size(),
         "gradient_accumulation_steps": arm.gradient_accumulation,
         "learning_rate": arm.learning_rate,
         "lr_scheduler_type": "linear" if arm.pace is None else "constant",

@@ -31,6 +31,17 @@ from .tasks import PERPLEXITIES, LoadedTasks, load_tasks, quiet
 
 FORMAT = "aletheia-eval/1"
 VERSIONS = ("torch", "transformers", "peft", "datasets", "lm_eval")
+IDENTITY = (
+    "model_digest",
+    "config_digest",
+    "tokenizer_digest",
+    "template_digest",
+    "dtype",
+    "device",
+    "attention",
+    "versions",
+)
+"""What a record says of the base model, its tokenizer and the way they run; answers that are compared share it."""
 
 Say = Callable[[str], None]
 

@@ -140,6 +140,64 @@ def forgetting_report(
     }
 
 
+def paired_scores(
+    results: Iterable[ItemResult],
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    metrics: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The scores of the base model and of one adapter on the same items, benchmark by benchmark.
+
+    Args:
+        results: Of ``base`` and of one other label.
+        groups: As in :func:`forgetting_report`.
+        metrics: As there.
+
+    Returns:
+        For each benchmark ``metric``, ``unit`` (points of 100, or nats per token of plain text), ``higher_is_better``,
+        ``base`` and ``value``, and item by item ``base_items`` and ``items``, in the same unit. The whole is the mean
+        over items; of plain text, weighted by the tokens in ``weights``. An item of a group is named after its leaf
+        task, too: ``mmlu_anatomy/0123456789abcdef``.
+
+    Raises:
+        DataError: As :func:`forgetting_report`, and if there are other than two labels.
+    """
+    answers = _by_label(results)
+    if BASE not in answers or len(answers) != 2:
+        raise DataError(f"results of {', '.join(answers) or 'none'}, expected those of base and of one adapter.")
+    (label,) = (name for name in answers if name != BASE)
+    _check_prompts(answers)
+    found = {}
+    for name, own in _by_benchmark(answers, groups or {}).items():
+        keys = _shared_items(name, own, [BASE, label], "refuse")
+        answered = {which: [own[which][key] for key in keys] for which in (BASE, label)}
+        costs = _costs(name, answered, _metric(name, own, (metrics or {}).get(name)))
+        ids = [item if leaf == name else f"{leaf}/{item}" for leaf, item in keys]
+        entry: dict[str, Any] = {
+            "metric": costs.metric,
+            "unit": costs.unit,
+            "higher_is_better": costs.unit == POINTS,
+            "base": _score(costs, BASE),
+            "value": _score(costs, label),
+            "items": dict(zip(ids, _item_scores(costs, label), strict=True)),
+            "base_items": dict(zip(ids, _item_scores(costs, BASE), strict=True)),
+        }
+        if costs.weights is not None:
+            entry["weights"] = dict(zip(ids, costs.weights.tolist(), strict=True))
+        found[name] = entry
+    return found
+
+
+def first_metrics(results: Iterable[ItemResult], groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """For each benchmark whose items have several scores, the one that its task names first."""
+    group_of = {leaf: name for name, leaves in groups.items() for leaf in leaves}
+    found: dict[str, str] = {}
+    for item in results:
+        if len(item.scores) > 1:
+            found.setdefault(group_of.get(item.task, item.task), next(iter(item.scores)))
+    return found
+
+
 # --- what must be the same --------------------------------------------------------------------------------------------
 
 
@@ -314,6 +372,12 @@ def _score(costs: _Costs, label: str) -> float:
     """The number that people know: percent right, or nats per token."""
     mean = float(np.average(costs.by_label[label], weights=costs.weights))
     return 100 * (1 - mean) if costs.unit == POINTS else mean
+
+
+def _item_scores(costs: _Costs, label: str) -> list[float]:
+    """The same of every item."""
+    values = costs.by_label[label]
+    return [float(value) for value in (100 * (1 - values) if costs.unit == POINTS else values)]
 
 
 def _difference(costs: _Costs, label: str, reference: str, confidence: float) -> dict[str, Any]:
