@@ -8,7 +8,16 @@ import pytest
 import yaml
 
 from aletheia_lora.campaign import export as export_room
-from aletheia_lora.campaign.export import MEAN_COLUMNS, RUN_COLUMNS, SUMMARIES, export
+from aletheia_lora.campaign.export import (
+    COMPARED,
+    COMPARED_COLUMNS,
+    MEAN_COLUMNS,
+    RUN_COLUMNS,
+    SUMMARIES,
+    _margins,
+    _spec,
+    export,
+)
 from aletheia_lora.campaign.records import CellFolder, DamagedError
 from aletheia_lora.campaign.spec import cells
 from aletheia_lora.cli import main
@@ -119,15 +128,22 @@ def everything(folder):
 # --- what is in it ----------------------------------------------------------------------------------------------
 
 
+def test_a_bundle_names_the_evaluation_and_its_margins_but_not_its_folder():
+    asked = {"tasks": ["gsm8k"], "limit": 5, "data_dir": FOLDER, "digests": {}}
+    assert _spec(spec())["evaluation"] is None
+    assert _spec({**spec(), "evaluation": asked})["evaluation"] == {"tasks": ["gsm8k"], "limit": 5}
+    assert _margins({"margins": {"heldout_loss": 0.01, "gsm8k": 2.0}, "evaluation": asked})["gsm8k"] == 2.0
+
+
 def test_a_bundle_has_a_line_for_every_run_and_means_with_their_gaps(tmp_path):
-    outcomes = [("done", None, result(2.0)), ("done", None, result(4.0)), ("failed", "ValueError: no", {}), None]
+    outcomes = [("done", None, result(2.0)), ("failed", "ValueError: no", {}), ("done", None, result(4.0)), None]
     places = campaign(tmp_path / "small", spec(), lambda number: outcomes[number])
     digests = export(tmp_path / "small", tmp_path / "bundle")
     runs = rows_of(tmp_path / "bundle" / "aggregate_runs.csv")
-    assert [run["state"] for run in runs] == ["done", "done", "failed", "planned"]
+    assert [run["state"] for run in runs] == ["done", "failed", "done", "planned"]
     assert list(runs[0]) == list(RUN_COLUMNS)
     assert (runs[0]["layers"], runs[0]["heldout_loss"], runs[0]["median_step_seconds"]) == ("2 3", "2.0", "0.25")
-    assert (runs[2]["reason"], runs[2]["heldout_loss"], runs[3]["attempts"]) == ("ValueError: no", "", "")
+    assert (runs[1]["reason"], runs[1]["heldout_loss"], runs[3]["attempts"]) == ("ValueError: no", "", "")
     assert runs[0]["cell"] == places[0].cell.digest[:12]
     for name, keys in SUMMARIES.items():
         last, uniform = rows_of(tmp_path / "bundle" / name)
@@ -146,8 +162,17 @@ def test_a_bundle_has_a_line_for_every_run_and_means_with_their_gaps(tmp_path):
     files = everything(tmp_path / "bundle")
     assert set(files) == {*summary["files"], "summary.json"}
     assert {name: sha256(files[name]).hexdigest() for name in digests} == digests == summary["files"]
+    compared, changed = (rows_of(tmp_path / "bundle" / name) for name in COMPARED)
+    assert [list(rows[0]) for rows in (compared, changed)] == [list(columns) for _, columns, _ in COMPARED.values()]
+    assert (compared[0]["method"], compared[0]["reference"], compared[0]["n"], compared[0]["of"]) == (
+        "last",
+        "uniform",
+        "0",
+        "2",
+    )
+    assert (changed[0]["method"], changed[0]["n"], changed[0]["of"]) == ("last", "2", "2")
     readme = files["README.md"].decode()
-    assert all(f"- `{column}`: " in readme for column in {**RUN_COLUMNS, **MEAN_COLUMNS})
+    assert all(f"- `{column}`: " in readme for column in {**RUN_COLUMNS, **MEAN_COLUMNS, **COMPARED_COLUMNS})
 
 
 def test_the_same_records_make_the_same_bundle(tmp_path):

@@ -7,6 +7,7 @@ table of strategies: the paper's, ours (``budget``), and the controls that any o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -327,8 +328,7 @@ def bottom(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
 
 def middle(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     """Control: k layers around the middle of the depth."""
-    count = _count(scores, options)
-    start = (len(scores) - count) // 2
+    start = (len(scores) - (count := _count(scores, options))) // 2
     return sorted(scores)[start : start + count]
 
 
@@ -344,18 +344,13 @@ def last(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
 
 def stride(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     """Control: k layers evenly spread over the depth, the last layer among them."""
-    count = _count(scores, options)
-    layers = sorted(scores)
+    layers, count = sorted(scores), _count(scores, options)
     return sorted(layers[-1 - step * len(layers) // count] for step in range(count))
 
 
 def spread(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
-    """The best-scoring layer of each of k equal stretches of the depth: a score's choice without neighbours in heaps.
-
-    Ours. Top-k by gradient norm takes runs of neighbouring layers, whose gradients tell much the same.
-    """
-    count = _count(scores, options)
-    stretches = np.array_split(sorted(scores), count)
+    """The best-scoring layer of each of k equal stretches of the depth: a score's choice, but no neighbours in heaps."""
+    stretches = np.array_split(sorted(scores), _count(scores, options))
     return [max(stretch.tolist(), key=lambda layer: scores[layer]) for stretch in stretches]
 
 
@@ -499,10 +494,6 @@ def _check_shares(scores: Mapping[int, float]) -> None:
 
 def _ranges(layers: Sequence[int]) -> str:
     """(0, 1, 2, 3, 9, 11, 12) -> "0-3, 9, 11-12"."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], layer]
-        else:
-            parts.append([layer])
-    return ", ".join("-".join(str(end) for end in part) for part in parts)
+    groups = itertools.groupby(enumerate(layers), lambda pair: pair[1] - pair[0])
+    runs = [[layer for _, layer in group] for _, group in groups]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

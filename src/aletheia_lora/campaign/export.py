@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -79,6 +79,58 @@ SUMMARIES = {
     "domain_summary.csv": ("task", "match", "method"),
 }
 """What each summary has a line for; its means are over all that is not named."""
+TEST_COLUMNS = {
+    "match": RUN_COLUMNS["match"],
+    "measure": "a loss, or a benchmark and the task that was learned before it was asked",
+    "unit": "of the differences",
+    "method": "the one that is judged",
+    "reference": "the one beside it",
+    "n": "pairs of runs",
+    "of": "pairs that were asked for",
+    "basis": "what the statistics count: pairs of runs, groups of them, or the items of the one pair",
+    "mean": "mean difference, method minus reference",
+    "low": "lower end of its 95 % t interval",
+    "high": "upper end of it",
+    "bootstrap_low": "lower end of the 95 % bootstrap interval",
+    "bootstrap_high": "upper end of it",
+    "t_p": "p of the paired t test",
+    "wilcoxon_p": "p of Wilcoxon's signed-rank test",
+    "hedges_g": "effect size",
+    "margin": "the largest difference that would not matter, fixed beforehand",
+    "equivalence_p": "p of the two one-sided tests against that margin",
+    "missing": "pairs that could not be made",
+}
+COMPARED_COLUMNS = {
+    **TEST_COLUMNS,
+    "holm_p": "`t_p` after Holm's correction over the comparisons of its question",
+    "holm_p_of_all": "the same over all comparisons of the campaign",
+    "verdict": "what follows from interval, correction and margin",
+}
+BASE_COLUMNS = {
+    key: TEST_COLUMNS[key]
+    for key in (
+        *("match", "measure", "unit", "method", "n", "of", "basis", "mean", "low", "high"),
+        *("bootstrap_low", "bootstrap_high", "missing"),
+    )
+}
+COMPARED = {
+    "comparisons.csv": ("comparisons", COMPARED_COLUMNS, "Methods in pairs"),
+    "base_changes.csv": ("deltas", BASE_COLUMNS, "Every method minus the base model"),
+}
+"""File -> table of the report, its columns, and what it is."""
+EVALUATION_KEYS = (
+    "tasks",
+    "limit",
+    "num_fewshot",
+    "fewshot_seed",
+    "eval_batch_size",
+    "max_new_tokens",
+    "chat_template",
+    "fewshot_as_multiturn",
+    "allow_code",
+    "methods",
+    "match",
+)
 SPEC_KEYS = (
     "seeds",
     "learning_rates",
@@ -145,10 +197,14 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
     spec, record = pinned_spec(folder), campaign_record(folder)
     made = record["tables"]
     runs, environments = _runs(folder, made, private)
-    figures = _figures(record, private)
+    figures = _figures(record, _margins(spec), private)
     files = {
         "aggregate_runs.csv": _csv(runs, tuple(RUN_COLUMNS)),
         **{name: _csv(_means(runs, keys), (*keys, *MEAN_COLUMNS)) for name, keys in SUMMARIES.items()},
+        **{
+            name: _csv(_columns(json_without_paths(made[table], private), columns), tuple(columns))
+            for name, (table, columns, _) in COMPARED.items()
+        },
         **figures,
         README: _readme(spec["name"], list(figures)).encode(),
     }
@@ -167,14 +223,14 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
     return {**files, SUMMARY: f"{text}\n".encode()}
 
 
-def _figures(record: Mapping[str, Any], private: Private) -> dict[str, bytes]:
+def _figures(record: Mapping[str, Any], margins: Mapping[str, Any], private: Private) -> dict[str, bytes]:
     """The figures of the campaign's report, by file name, drawn from words without paths and names.
 
     Raises:
         PrivacyError: If something like a key would be drawn.
     """
     tables = {name: record["tables"][name] for name in DRAWN_TABLES}
-    allowed = {"match": record["match"], "methods": record["methods"], "margins": _margins(record), "tables": tables}
+    allowed = {"match": record["match"], "methods": record["methods"], "margins": margins, "tables": tables}
     drawn = json_without_paths(allowed, private)
     check_nothing_private({"figures": json.dumps(drawn, indent=0).encode()}, private)
     return {f"{name}.png": picture for name, picture in draw_campaign(drawn).items()}
@@ -241,8 +297,15 @@ def _states(folder: Path, runs: Sequence[Row]) -> dict[str, dict[str, int]]:
     return {kind: {state: count for (of, state), count in counts.items() if of == kind} for kind in kinds}
 
 
+def _columns(rows: Sequence[Row], columns: Iterable[str]) -> list[Row]:
+    """Rows cut down to these columns."""
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
 def _margins(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: spec["margins"].get(key) for key in Margins.model_fields}
+    """The margins of losses, and of the tasks that were asked."""
+    asked = (spec.get("evaluation") or {}).get("tasks", ())
+    return {key: spec["margins"].get(key) for key in (*Margins.model_fields, *asked)}
 
 
 def _spec(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,6 +316,7 @@ def _spec(spec: Mapping[str, Any]) -> dict[str, Any]:
         "tasks": [_chosen(entry, TASK_KEYS, "data") for entry in spec["tasks"]],
         "methods": [_chosen(entry, tuple(Method.model_fields)) for entry in spec["methods"]],
         "other_text": others[0] if others else None,
+        "evaluation": _chosen(spec["evaluation"], EVALUATION_KEYS) if spec.get("evaluation") else None,
         **{key: spec[key] for key in SPEC_KEYS if key in spec},
     }
 
@@ -297,6 +361,9 @@ def _readme(name: str, figures: Sequence[str]) -> str:
         lines += [f"## {file}", "", f"Means over the runs that are `done`, for each {named}.", ""]
         lines += [f"- `{column}`: {RUN_COLUMNS[column]}" for column in keys]
         lines += [*(f"- `{column}`: {meaning}" for column, meaning in MEAN_COLUMNS.items()), ""]
+    for file, (_, columns, what) in COMPARED.items():
+        lines += [f"## {file}", "", f"{what}.", ""]
+        lines += [*(f"- `{column}`: {meaning}" for column, meaning in columns.items()), ""]
     if figures:
         lines += ["## Figures", "", *(f"- `{figure}`" for figure in figures), ""]
     return "\n".join(lines)
