@@ -349,7 +349,7 @@ def stride(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
 
 
 def spread(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
-    """The best-scoring layer of each of k equal stretches of the depth: a score's choice, but no neighbours in heaps."""
+    """The best-scoring layer of each of k equal stretches of the depth: a score's choice without heaps."""
     stretches = np.array_split(sorted(scores), _count(scores, options))
     return [max(stretch.tolist(), key=lambda layer: scores[layer]) for stretch in stretches]
 
