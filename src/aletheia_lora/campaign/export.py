@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from ..files import check_output, whole_folder
@@ -20,7 +19,7 @@ from ..privacy import Private, check_nothing_private, json_without_paths, privat
 from ..report.campaign_plots import draw_campaign
 from .methods import Method
 from .records import CellFolder
-from .report import campaign_record, csv_text
+from .report import campaign_record, csv_text, means
 from .runner import driver_host
 from .spec import LIBRARIES, Margins, canonical, cells
 from .status import pinned_spec
@@ -200,7 +199,7 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
     figures = _figures(record, _margins(spec), private)
     files = {
         "aggregate_runs.csv": _csv(runs, tuple(RUN_COLUMNS)),
-        **{name: _csv(_means(runs, keys), (*keys, *MEAN_COLUMNS)) for name, keys in SUMMARIES.items()},
+        **{name: _csv(means(runs, keys, MEASURES), (*keys, *MEAN_COLUMNS)) for name, keys in SUMMARIES.items()},
         **{
             name: _csv(_columns(json_without_paths(made[table], private), columns), tuple(columns))
             for name, (table, columns, _) in COMPARED.items()
@@ -258,24 +257,6 @@ def _runs(folder: Path, made: Mapping[str, list[Row]], private: Private) -> tupl
         }
         rows.append({column: known[column] for column in RUN_COLUMNS})
     return rows, environments
-
-
-def _means(runs: Sequence[Row], keys: Sequence[str]) -> list[Row]:
-    """A row for every value of the keys, with means over the runs that ended well and the gaps beside them."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for run in runs:
-        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
-    rows = []
-    for group, members in groups.items():
-        done = [run for run in members if run["state"] == "done"]
-        gaps = Counter(run["state"] for run in members if run["state"] != "done")
-        values = {measure: [run[measure] for run in done] for measure in MEASURES}
-        means = {
-            f"mean_{name}": fmean(found) if found and None not in found else None for name, found in values.items()
-        }
-        said = ", ".join(f"{count} {state}" for state, count in sorted(gaps.items()))
-        rows.append({**dict(zip(keys, group, strict=True)), "n": len(done), "of": len(members), **means, "gaps": said})
-    return rows
 
 
 def _index(environments: list[dict[str, Any]], environment: Any) -> int | None:

@@ -88,7 +88,7 @@ def campaign_record(folder: Path) -> dict[str, Any]:
         "deltas": changed,
         "counted": counted(spec, found),
         "usefulness": usefulness(spec, found),
-        "methods": _methods(runs),
+        "methods": means(runs, ("model", "task", "match", "method"), LOSSES),
         "runs": runs,
         "grid": [_grid(one) for one in found if one.kind == "grid"],
         "scores": mean_scores(layer_scores(found)),
@@ -138,9 +138,8 @@ def _run(one: Outcome) -> Row:
     }
 
 
-def _methods(runs: Sequence[Row]) -> list[Row]:
-    """Means over the runs that ended well, with how many there should be and what became of the others."""
-    keys = ("model", "task", "match", "method")
+def means(runs: Sequence[Row], keys: Sequence[str], numbers: Sequence[str]) -> list[Row]:
+    """A row for every value of the keys: means over the runs that ended well, how many should have, and the gaps."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for run in runs:
         groups.setdefault(tuple(run[key] for key in keys), []).append(run)
@@ -149,7 +148,7 @@ def _methods(runs: Sequence[Row]) -> list[Row]:
         done = [run for run in members if run["state"] == "done"]
         gaps = Counter(run["state"] for run in members if run["state"] != "done")
         row: Row = {**dict(zip(keys, group, strict=True)), "n": len(done), "of": len(members)}
-        for name in LOSSES:
+        for name in numbers:
             values = [run[name] for run in done]
             row[f"mean_{name}"] = fmean(values) if values and None not in values else None
         row["gaps"] = ", ".join(f"{count} {state}" for state, count in sorted(gaps.items()))
