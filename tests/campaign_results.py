@@ -17,6 +17,24 @@ STRATEGIES = {
 }
 SCORES = [1.0, 2.0, 4.0, 3.0]
 LAYERS = {"uniform": [0, 1, 2, 3], "paper": [2, 3], "random": [0, 2], "last": [2, 3], "stride": [1, 3]}
+SETTINGS = {
+    "learning_rates": [1e-3],
+    "match": ["steps"],
+    "grid_steps": 2,
+    "evaluations": 1,
+    "other_text": None,
+    "other_rows": 4,
+    "batch_size": 4,
+    "rank": 4,
+    "alpha_ratio": 2.0,
+    "probe_batches": 2,
+    "probe_batch_size": 1,
+    "train_rows": 8,
+    "validation_rows": 4,
+    "heldout_rows": 4,
+    "prefix_cache": False,
+}
+"""What every resolved spec of these tests says alike."""
 
 
 def method(name: str, **changed: Any) -> dict[str, Any]:
@@ -35,24 +53,10 @@ def spec(*methods: str | dict[str, Any], **changed: Any) -> dict[str, Any]:
         "tasks": [{"name": "t", "data": "t.jsonl"}],
         "methods": [method(entry) if isinstance(entry, str) else entry for entry in methods],
         "seeds": [0, 1, 2],
-        "learning_rates": [1e-3],
-        "match": ["steps"],
         "steps": 10,
-        "grid_steps": 2,
-        "evaluations": 1,
-        "other_text": None,
-        "other_rows": 4,
         "margins": {"heldout_loss": 0.01, "other_loss": None},
-        "batch_size": 4,
-        "rank": 4,
-        "alpha_ratio": 2.0,
-        "probe_batches": 2,
-        "probe_batch_size": 1,
-        "train_rows": 8,
-        "validation_rows": 4,
-        "heldout_rows": 4,
-        "prefix_cache": False,
         "versions": {},
+        **SETTINGS,
         **changed,
     }
 

@@ -24,6 +24,7 @@ from aletheia_lora.cli import main
 from aletheia_lora.errors import ConfigError, OutputError, PrivacyError
 from aletheia_lora.files import write_json
 from aletheia_lora.report.campaign_plots import draw_campaign
+from campaign_results import SETTINGS
 
 CANARY = "Canary7Bird"
 FOLDER = f"/srv/{CANARY}/secret"
@@ -60,24 +61,10 @@ def spec(**changed):
         "tasks": [{"name": "words", "data": "rows.jsonl", "max_length": 64, "digest": "0" * 64}],
         "methods": [{"name": "last", "strategy": "last", **method}, {"name": "uniform", "strategy": "all", **method}],
         "seeds": [0, 1],
-        "learning_rates": [1e-3],
-        "match": ["steps"],
         "steps": 4,
-        "grid_steps": 2,
-        "evaluations": 1,
-        "other_text": None,
-        "other_rows": 4,
         "margins": {"heldout_loss": 0.01, "other_loss": None},
-        "batch_size": 4,
-        "rank": 4,
-        "alpha_ratio": 2.0,
-        "probe_batches": 2,
-        "probe_batch_size": 1,
-        "train_rows": 8,
-        "validation_rows": 4,
-        "heldout_rows": 4,
-        "prefix_cache": False,
         "versions": {"aletheia-lora": "1", "torch": "2.13.0"},
+        **SETTINGS,
         **changed,
     }
 

@@ -18,6 +18,7 @@ from aletheia_lora.campaign.spec import cells
 from aletheia_lora.campaign.status import status, status_text
 from aletheia_lora.errors import AletheiaError, ConfigError, OutputError
 from aletheia_lora.files import write_json
+from campaign_results import SETTINGS
 
 BUDGET = Budget(machine_faults=3, first_pause=0.0)
 
@@ -38,24 +39,10 @@ def spec(*seeds, **changed):
         "tasks": [{"name": "t", "data": "t"}],
         "methods": [method],
         "seeds": list(seeds),
-        "learning_rates": [1e-3],
-        "match": ["steps"],
         "steps": 4,
-        "grid_steps": 2,
-        "evaluations": 1,
-        "other_text": None,
-        "other_rows": 4,
         "margins": {"heldout_loss": 0.01},
-        "batch_size": 4,
-        "rank": 4,
-        "alpha_ratio": 2.0,
-        "probe_batches": 2,
-        "probe_batch_size": 1,
-        "train_rows": 8,
-        "validation_rows": 4,
-        "heldout_rows": 4,
-        "prefix_cache": False,
         "versions": {},
+        **SETTINGS,
         **changed,
     }
 
