@@ -39,7 +39,7 @@ from .prediction import (
 from .probe import probe
 from .probe_result import ProbeResult
 from .processes import on_main, together
-from .scores import layer_scores
+from .scores import EXTRAS, layer_scores
 from .selection import LayerSelection, ParetoPoint, SelectionOptions, nothing_fits, pareto, select
 
 FORMAT = "aletheia-plan/1"
@@ -323,8 +323,7 @@ def probe_rows(
         model,
         drawn,
         mode=options.probe_mode,
-        taylor=options.score == "taylor",
-        descent=options.score == "adapter_descent",
+        **EXTRAS.get(options.score, {}),
         anatomy_=found,
         progress=progress,
     )

@@ -157,7 +157,7 @@ def probe(
         return _measured(model, shown, found, target, mode, taylor, descent, loss_fn, names)
 
     parts, sums = zip(*gather(measure, "probing"), strict=True)
-    return _with_descents(merged(parts), sums)
+    return _with_descents(merged(parts), sums) if descent else merged(parts)
 
 
 def _with_descents(result: ProbeResult, sums: Sequence[Mapping[str, Tensor]]) -> ProbeResult:

@@ -40,6 +40,7 @@ from ..probe_result import ProbeResult
 from ..processes import on_main, world_size
 from ..rows import load_rows
 from ..runs import EMBEDDED, Say
+from ..scores import EXTRAS
 from ..training.interleave import take_turns
 from .baselines import adapter_of, prepared
 from .evaluated import ADAPTER, evaluated
@@ -210,7 +211,7 @@ class Bench:
     def probe(self, method: Method, seed: int, say: Say) -> ProbeResult:
         """The probe of this seed, which all methods that read the same statistics share."""
         keys = ("probe_batches", "probe_batch_size", "train_rows")
-        extra = method.score if method.score in ("taylor", "adapter_descent") else None  # what not every probe takes
+        extra = method.score if method.score in EXTRAS else None
         identity = {"seed": seed, "extra": extra, **{key: self.content[key] for key in keys}}
 
         def write(file: Path) -> None:

@@ -24,7 +24,7 @@ from ..errors import PlanError
 from ..methods import method_of
 from ..planning import LayerChange, Plan, plan_from_probe, probe_batches
 from ..probe import probe
-from ..scores import layer_scores
+from ..scores import EXTRAS, layer_scores
 
 WITHOUT_DATA = ("weight_snr", "random")
 """Scores that read no gradient: the same however long a run trains."""
@@ -152,8 +152,7 @@ class ReRank(TrainerCallback):
             base,
             self._batches,
             mode=options.probe_mode,
-            taylor=options.score == "taylor",
-            descent=options.score == "adapter_descent",
+            **EXTRAS.get(options.score, {}),
             anatomy_=self.plan.anatomy,
             names=own_modules(base),
         )
