@@ -25,6 +25,7 @@ from .analysis import Row, comparisons, deltas, questions
 from .measures import LOSSES, measures
 from .outcomes import Outcome, outcomes
 from .pairing import role_of
+from .ranking import ranking
 from .spec import SHARED
 from .speed import counted, speed_questions, speeds
 from .status import pinned_spec
@@ -35,6 +36,7 @@ CLOCK = ("times", "speed", "speed_questions")
 """Tables that hold what a clock said."""
 CAPTIONS = {
     "questions": "What was asked",
+    "ranking": "Held-out loss minus that of a random choice, the lowest first; Holm's correction over all `tried`",
     "comparisons": "Differences in pairs",
     "deltas": "What training changed against the base model",
     "counted": "Steps in uniform LoRA's predicted time, by counting operations",
@@ -48,6 +50,10 @@ CAPTIONS = {
 """Tables for people, in this order; the others are files only."""
 SHORT = {
     "questions": ("question", "answer", "why"),
+    "ranking": (
+        *("match", "method", "role", "num_layers", "n", "of", "mean", "low", "high", "t_p", "holm_p", "tried"),
+        "verdict",
+    ),
     "comparisons": (
         *("match", "measure", "method", "reference", "n", "of", "basis", "mean", "low", "high"),
         *("bootstrap_low", "bootstrap_high", "wilcoxon_p", "holm_p", "tried", "holm_p_of_all", "hedges_g"),
@@ -84,6 +90,7 @@ def campaign_record(folder: Path) -> dict[str, Any]:
     timed = speeds(spec, found, families)
     made = {
         "questions": questions(spec, compared),
+        "ranking": ranking(spec, found, judged),
         "comparisons": compared,
         "deltas": changed,
         "counted": counted(spec, found),
@@ -228,7 +235,9 @@ def _text(record: Mapping[str, Any], texts: Texts) -> str:
     lines += [f"{record['num_done']} of {record['num_runs']} runs ended well.", ""]
     lines += [f"Margins, fixed beforehand: {_margins(record['margins'])}.", ""]
     lines += ["Better, worse: t tests at 5 % after Holm's correction over the comparisons that a question `tried`."]
-    lines += ["Equal: two one-sided tests at 5 % place the difference inside the margin.", ""]
+    lines += ["Equal: two one-sided tests at 5 % place the difference inside the margin."]
+    lines += ["Bootstrap intervals of fewer than about 30 groups are too narrow: read the t intervals (low, high)."]
+    lines += ["Equal time: as many steps as fit in uniform LoRA's, by counting operations, the probe not paid.", ""]
     if not record["evaluated"]:
         lines += ["No benchmark was evaluated: the campaign has no evaluation.", ""]
     for name, caption in CAPTIONS.items():
