@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from aletheia_lora.campaign.analysis import reason
 from aletheia_lora.campaign.outcomes import outcomes
 from aletheia_lora.campaign.pairing import role_of
 from aletheia_lora.campaign.report import campaign_record, tables
@@ -38,6 +39,39 @@ def find(rows, **wanted):
 def column(folder, name, key="heldout_loss", match="steps"):
     rows = [row for row in tables(folder)["runs"] if (row["method"], row["match"]) == (name, match)]
     return [row[key] for row in rows]
+
+
+# --- ranking ----------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_ranked_beside_chance_and_corrected_for_all_that_were_tried(tmp_path):
+    drawn = method("random", draws=2)
+    made = spec("uniform", drawn, "paper", "stride", "last", seeds=[0, 1, 2, 3], match=["steps", "time"])
+    shift = {"paper": 0.1, "stride": -0.1, "last": 0.002}
+
+    def outcome(content):
+        return ("nan", "x") if content["match"] == "time" and content["draw"] == 1 else losses(shift)(content)
+
+    campaign(tmp_path, made, outcome)
+    rows = tables(tmp_path)["ranking"]
+    steps = [row for row in rows if row["match"] == "steps"]
+    assert [row["mean"] for row in steps] == sorted(row["mean"] for row in steps)
+    assert (steps[0]["method"], steps[0]["verdict"]) == ("stride", "better")
+    assert (steps[-1]["method"], steps[-1]["verdict"]) == ("paper", "worse")
+    assert {row["chance"] for row in rows} == {"random"} and {row["tried"] for row in rows} == {4}
+    chance = np.reshape(column(tmp_path, "random"), (4, 2)).mean(axis=1)  # two draws of each seed
+    wanted = {name: stats.ttest_rel(column(tmp_path, name), chance).pvalue for name in ("uniform", *shift)}
+    adjusted = holm(wanted).adjusted
+    for row in steps:
+        assert row["t_p"] == pytest.approx(wanted[row["method"]])
+        assert row["holm_p"] == pytest.approx(adjusted[row["method"]])
+    assert find(steps, method="stride")["num_layers"] == "2"
+    assert all((row["mean"], row["verdict"]) == (None, "not known") for row in rows if row["match"] == "time")
+
+
+def test_without_a_random_method_nothing_is_ranked(tmp_path):
+    campaign(tmp_path, spec("uniform", "paper"), losses({}))
+    assert tables(tmp_path)["ranking"] == []
 
 
 # --- differences ------------------------------------------------------------------------------------------------
@@ -467,6 +501,20 @@ def test_an_evaluation_of_a_run_that_did_not_end_well_counts_for_nothing(tmp_pat
     assert [one.state for one in outcomes(tmp_path, made) if one.kind == "evaluation"].count("invalid") == 1
     row = find(tables(tmp_path)["comparisons"], measure="quiz")
     assert (row["n"], row["of"], row["missing"]) == (2, 3, "m, t, seed 0: paper is invalid")
+
+
+def test_coarse_scores_that_all_differ_alike_are_not_called_better_or_equal(tmp_path, monkeypatch):
+    margins = {"heldout_loss": 0.01, "other_loss": None, "mmlu": 5.0}
+    made = spec("uniform", "paper", "last", margins=margins)
+    campaign(tmp_path, made, losses({}))
+    scores = {"uniform": 0.2, "paper": 0.3, "last": 0.2}
+    evaluated(tmp_path, made, lambda content: {"mmlu": benchmark(scores[content["method"]["name"]], 0.2)}, monkeypatch)
+    rows = tables(tmp_path)["comparisons"]
+    for name, mean in (("paper", 10.0), ("last", 0.0)):
+        row = find(rows, measure="mmlu", method=name, reference="uniform")
+        assert row["mean"] == pytest.approx(mean) and (row["n"], row["verdict"]) == (3, "not known")
+        assert all(row[key] is None for key in ("low", "t_p", "equivalence_p"))
+        assert "no interval from pairs that all differ alike" in reason(row)
 
 
 def test_a_benchmark_that_one_run_lacks_is_a_gap(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -226,6 +227,23 @@ def browse(page: Path, profile: Path, *more: str) -> tuple[str, str]:
     environment = {**os.environ, "HOME": str(profile)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+def width_on_a_phone(page: Path, profile: Path) -> int:
+    """How wide the page lays itself out on a screen of 390 pixels."""
+    measured = page.with_name("phone.html")
+    inner = escape(page.read_text(encoding="utf-8"))
+    script = "onload = () => { document.body.dataset.width = frames[0].document.documentElement.scrollWidth; };"
+    measured.write_text(f'<iframe width=390 height=844 srcdoc="{inner}"></iframe><script>{script}</script>')
+    dom, _ = browse(measured, profile)
+    found = re.search(r'<body data-width="(\d+)"', dom)
+    assert found, dom[-500:]
+    return int(found[1])
+
+
+@pytest.mark.browser
+def test_the_page_fits_a_phone(record: dict[str, Any], tmp_path: Path) -> None:
+    assert width_on_a_phone(write_page(record, tmp_path / "report"), tmp_path / "profile") <= 390
 
 
 @pytest.mark.browser

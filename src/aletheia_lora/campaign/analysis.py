@@ -29,6 +29,8 @@ from .outcomes import Outcome
 from .pairing import UNIFORM, Pairs, Side, matched, role_of, side
 
 ALPHA = 0.05
+ROUNDING = 1e-12
+"""Relative differences up to here are none."""
 SEED = 0
 """Of the bootstrap; each comparison has a generator of its own, so that another one beside it changes nothing."""
 NOT_KNOWN, WITHIN = "not known", ", within the margin"
@@ -107,7 +109,7 @@ def comparisons(spec: Mapping[str, Any], found: Sequence[Outcome], judged: Seque
 
 
 def _comparison(match: str, measure: Measure, trial: Trial, own: Side, other: Side) -> Row:
-    unlike = _other_parameters if trial.against == "parameters" else _other_rows
+    unlike = _other_parameters if trial.against == "parameters" else other_rows
     pairs = matched(own, other, measure.read, unlike=unlike)
     return {
         "match": match,
@@ -144,7 +146,7 @@ def difference(pairs: Pairs, label: str, measure: Measure, own: Side, other: Sid
     else:
         basis = "items"
     num_groups = len(set(items.groups)) if items.groups else len(items.values)
-    found, tost = _statistics(items, label, measure.margin) if len(items.values) > 1 else (None, None)
+    found, tost = _statistics(items, label, measure.margin) if _has_spread(items) else (None, None)
     return {
         "n": len(pairs.keys),
         "of": pairs.of,
@@ -157,6 +159,16 @@ def difference(pairs: Pairs, label: str, measure: Measure, own: Side, other: Sid
         "equivalence_p": None if tost is None else tost.p_value,
         "missing": "; ".join(pairs.missing),
     }
+
+
+def _has_spread(items: Items) -> bool:
+    """False for one pair, and where all differ alike: so do a few coarse scores by chance, and a t test is then sure.
+
+    Right or wrong has a statistic of its own for that.
+    """
+    apart = [value - reference for value, reference in zip(items.values, items.references, strict=True)]
+    size = max(map(abs, (*items.values, *items.references)), default=0.0)
+    return len(apart) > 1 and (items.binary or max(apart) - min(apart) > ROUNDING * size)
 
 
 def _statistics(items: Items, label: str, margin: float | None) -> tuple[PairedDifference, Equivalence | None]:
@@ -200,7 +212,7 @@ def ends(prefix: str, interval: Interval | None, scale: float = 1.0) -> Row:
     return {f"{prefix}low": finite(low, scale), f"{prefix}high": finite(high, scale)}
 
 
-def _other_rows(one: Outcome, two: Outcome) -> str | None:
+def other_rows(one: Outcome, two: Outcome) -> str | None:
     """Losses on other rows are no pair."""
     digests = {digest for digest in (one.result.get("rows_digest"), two.result.get("rows_digest")) if digest}
     return "measured on other rows" if len(digests) > 1 else None
@@ -214,7 +226,7 @@ def _other_parameters(one: Outcome, two: Outcome) -> str | None:
         parameter_matched(0.0, own, 0.0, other)
     except ValueError:
         return f"{own:,} trainable parameters against {other:,}"
-    return _other_rows(one, two)
+    return other_rows(one, two)
 
 
 def _same_num_layers(pairs: Pairs, own: Side, other: Side) -> bool | None:
@@ -313,7 +325,7 @@ def reason(row: Mapping[str, Any]) -> str:
         return f"0 of {row['of']} pairs"
     said = [f"difference {row['mean']:+.4f} {row['unit']}"]
     if row["low"] is None:
-        said.append("no interval from one pair")
+        said.append(f"no interval from {'one pair' if row['n'] == 1 else 'pairs that all differ alike'}")
     else:
         said.append(f"95 % interval {row['low']:+.4f} to {row['high']:+.4f}")
         corrected = f"p {p_text(row['holm_p'])} after Holm's correction for {row['tried']}"

@@ -99,6 +99,18 @@ def kind_of(row: Row) -> str:
     return str(row["verdict"]).partition(",")[0]
 
 
+def tally(rows: Sequence[Row]) -> str:
+    """``1 better, 2 not known``: how many rows have each verdict."""
+    words = {"better": "better", "worse": "worse", "equal": "equal within the margin", NOT_KNOWN: NOT_KNOWN}
+    counts = [(sum(kind_of(row) == key for row in rows), word) for key, word in words.items()]
+    return ", ".join(f"{count} {word}" for count, word in counts if count)
+
+
+def counted(number_of: int, noun: str) -> str:
+    """``1 control``, ``2 controls``."""
+    return f"{number_of} {noun}" + ("" if number_of == 1 else "s")
+
+
 def find(rows: Sequence[Row], **wanted: object) -> list[Row]:
     """The rows with these values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
@@ -143,13 +155,10 @@ def _controls_title(record: Record) -> str:
         told = []
         for match in record["match"]:
             asked = [row for row in rows if row["match"] == match]
-            better = sum(kind_of(row) == "better" for row in asked)
-            open_ = sum(row["verdict"] == NOT_KNOWN for row in asked)
             if asked:
-                words = f"better than {better} of {len(asked)} controls at equal {match}"
-                told.append(words + (f" ({open_} not known)" if open_ else ""))
+                told.append(f"against {counted(len(asked), 'control')} at equal {match}: {tally(asked)}")
         if told:
-            return f"{visible(method)} ended {', '.join(told)}"
+            return f"{visible(method)} {'; '.join(told)}"
     return "No selection was compared with a control"
 
 
@@ -218,11 +227,7 @@ def _benchmarks_title(record: Record, measures: Sequence[str]) -> str:
         rows = find(record["tables"]["comparisons"], method=method, against="uniform", match=record["match"][0])
         own = [row for row in rows if row["measure"] in measures]
         if own:
-            words = {"better": "better", "worse": "worse", "equal": "equal within the margin", NOT_KNOWN: NOT_KNOWN}
-            counts = [(sum(kind_of(row) == key for row in own), word) for key, word in words.items()]
-            told = ", ".join(f"{count} {word}" for count, word in counts if count)
-            count = "1 benchmark" if len(own) == 1 else f"{len(own)} benchmarks"
-            return f"{visible(method)} against uniform LoRA on {count}: {told}"
+            return f"{visible(method)} against uniform LoRA on {counted(len(own), 'benchmark')}: {tally(own)}"
     return "No selection was evaluated beside uniform LoRA"
 
 
