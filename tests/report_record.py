@@ -3,6 +3,7 @@
 import math
 import re
 from html.parser import HTMLParser
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -145,9 +146,12 @@ def make_summary(arms: list[dict[str, Any]]) -> dict[str, Any]:
     uniform, selected, ours = by_name["uniform"], by_name["selected"], by_name["uniform_aletheia"]
     matched = by_name["selected_time_matched"]
     paid = selected["median_step_seconds"] * STEPS + PROBE_SECONDS
+    shared = slice(1, min(len(ours["step_seconds"]), STEPS))  # two arms are compared over the steps that both took
+    before = median(ours["step_seconds"][shared]) / median(selected["step_seconds"][shared])
+    before *= selected["median_step_seconds"]
     return {
         "speedup_ratio": uniform["median_step_seconds"] * STEPS / paid,
-        "selection_ratio": ours["median_step_seconds"] * STEPS / paid,
+        "selection_ratio": before * STEPS / paid,
         "trainer_ratio": uniform["median_step_seconds"] / ours["median_step_seconds"],
         "fastest_uniform": "uniform_aletheia",
         "uniform_seconds": uniform["total_seconds"],

@@ -78,7 +78,7 @@ def test_every_arm_is_there_with_its_role_and_trainer(record):
         ("uniform", "uniform", "trainer", True, 6),
         ("uniform_trl", "uniform", "trl_as_shipped", False, 3),
         ("uniform_trl_fast", "uniform", "trl_fast", False, 3),
-        ("uniform_aletheia", "uniform", "aletheia", False, 3),
+        ("uniform_aletheia", "uniform", "aletheia", True, 6),
         ("selected", "selected", "aletheia", True, 6),
         ("random", "control", "aletheia", True, 6),
         ("last", "control", "aletheia", True, 6),
@@ -116,6 +116,13 @@ def test_uniform_arms_of_one_precision_take_the_same_course(made, parts, tokeniz
     selected = arms["selected"]["train_losses"]
     assert selected != pytest.approx(arms["uniform"]["train_losses"], abs=1e-4)
     assert selected[-1] < selected[0]
+
+
+def test_our_trainer_alone_is_trained_in_full_and_loses_nothing(record):
+    arms = by_name(record)
+    ours, plain = arms["uniform_aletheia"], arms["uniform"]
+    assert ours["steps"] == len(ours["step_seconds"]) == STEPS and ours["full"]
+    assert ours["final_heldout_loss"] == pytest.approx(plain["final_heldout_loss"], abs=1e-4)
 
 
 def test_where_backward_stops_is_measured(record):
@@ -408,12 +415,12 @@ def test_the_record_is_json_and_passes_the_reports_own_check(record):
 
 def test_ratios_follow_from_the_seconds_of_the_steps(record, made):
     arms, per_step = by_name(record), {}
-    uniform = arms["uniform"]["step_seconds"]
+    own = arms["selected"]["step_seconds"]
     for name, arm in arms.items():
         assert arm["median_step_seconds"] == pytest.approx(median(arm["step_seconds"][1:]))
         assert arm["step_seconds_p20"] <= arm["median_step_seconds"] <= arm["step_seconds_p80"]
-        shared = slice(1, arm["steps"])  # the steps that uniform LoRA took on the same rows
-        per_step[name] = median(arm["step_seconds"][shared]) / median(uniform[shared]) * median(uniform[1:])
+        shared = slice(1, arm["steps"])  # the steps that the selection took on the same rows
+        per_step[name] = median(arm["step_seconds"][shared]) / median(own[shared]) * median(own[1:])
     summary, probe_seconds = record["summary"], made.probe.seconds
     fastest = min((name for name in arms if arms[name]["role"] == "uniform"), key=per_step.__getitem__)
     selected = STEPS * per_step["selected"] + probe_seconds
@@ -455,10 +462,12 @@ def test_a_run_of_fewer_steps_is_compared_over_the_steps_that_both_took(made):
         arm.step_seconds = [100.0, 2.0, 2.0, 8.0, 8.0, 8.0][: arm.steps]
         arm.heldout = [{"step": arm.steps, "seconds": 1.0, "loss": 1.0}]
     arms[3].step_seconds = [100.0, 1.0, 1.0]
-    assert arms[3].name == "uniform_aletheia"
+    assert (arms[3].name, arms[4].name) == ("uniform_aletheia", "selected")
+    arms[4].step_seconds = [100.0, 0.5, 0.5, 0.4, 0.4, 0.4]
     summary = summarize(arms, made)
     assert summary["trainer_ratio"] == 2.0
-    assert summary["step_selection_ratio"] == 0.5
+    assert summary["step_speedup_ratio"] == 20.0
+    assert summary["step_selection_ratio"] == 2.0  # not 20 / 2
 
 
 def test_the_probes_time_is_part_of_the_selections(record, made):

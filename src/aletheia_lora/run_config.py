@@ -138,7 +138,7 @@ class RunConfig(BaseModel):
     push_to_hub: str | None = Field(None, description="Push the adapter to this repository, e.g. me/my-adapter.")
     private: bool = Field(False, description="Make that repository a private one.")
     uniform_learning_rate: float | None = Field(None, gt=0, description="Uniform LoRA's own peak learning rate.")
-    timed_steps: int = Field(8, ge=1, description="Steps of runs that are there for their time only.")
+    timed_steps: int = Field(8, ge=1, description="Steps of the runs for their time only: those under TRL.")
     evaluations: int = Field(4, ge=1, description="Held-out evaluations along a run.")
     controls: list[str] = Field([], description="Strategies to train beside the selection, e.g. random, last.")
     matched_time: bool = Field(True, description="Also train the selection for as long as uniform took.")

@@ -1,8 +1,8 @@
 """A plan and options -> the arms of a comparison: what each trains, with which trainer, at which rate.
 
 What a trainer saves and what a selection saves are kept apart: uniform LoRA runs as users run it today (plain PEFT
-under transformers' Trainer, TRL as shipped, TRL at its fastest setting) and through our trainer; the selection and its
-controls run through our trainer.
+under transformers' Trainer, TRL as shipped, TRL with checkpointing and bf16 off) and through our trainer; the selection
+and its controls run through our trainer. What TRL's runs learn is what plain PEFT's does, so they take few steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CompareOptions:
     uniform_learning_rate: float | None = None
     """That of uniform LoRA; the same if left out."""
     timed_steps: int = 8
-    """Steps of the runs that are there for their time only (other trainers, same losses)."""
+    """Steps of the runs that are there for their time only: uniform LoRA under TRL."""
     evaluations: int = 4
     """Held-out evaluations along a full run, the last one at its end."""
     controls: tuple[str, ...] = ()
@@ -154,60 +154,27 @@ def with_layers(plan: Plan, strategy: str, layers: Sequence[int], allocation: st
     return replace(plan, selection=selection, ranks=ranks)
 
 
+UNIFORM = {
+    "uniform": ("uniform LoRA, plain PEFT under Trainer", "trainer", True),
+    "uniform_trl": ("uniform LoRA, TRL as shipped", "trl_as_shipped", False),
+    "uniform_trl_fast": ("uniform LoRA, TRL, checkpointing and bf16 off", "trl_fast", False),
+    "uniform_aletheia": ("uniform LoRA, our trainer", "aletheia", True),
+}
+"""Title and trainer of the ways to train all layers, and whether they take all steps."""
+
+
 def planned_arms(plan: Plan, options: CompareOptions) -> list[Arm]:
     """Uniform LoRA under each trainer, the selection, and the controls that were asked for."""
-    uniform = uniform_plan(plan)
-    rate = options.learning_rate
+    every, rate = uniform_plan(plan), options.learning_rate
     uniform_rate = rate if options.uniform_learning_rate is None else options.uniform_learning_rate
     probe_seconds = plan.probe.seconds if plan.probe is not None else 0.0
-    timed = min(options.timed_steps, options.steps)
-    count = len(plan.selection.layers)
+    timed, count = min(options.timed_steps, options.steps), len(plan.selection.layers)
     arms = [
-        Arm(
-            "uniform",
-            "uniform LoRA, plain PEFT under Trainer",
-            "uniform",
-            "trainer",
-            uniform,
-            uniform_rate,
-            options.steps,
-            True,
-        ),
-        Arm(
-            "uniform_trl",
-            "uniform LoRA, TRL as shipped",
-            "uniform",
-            "trl_as_shipped",
-            uniform,
-            uniform_rate,
-            timed,
-            False,
-        ),
-        Arm(
-            "uniform_trl_fast",
-            "uniform LoRA, TRL, checkpointing and bf16 off",
-            "uniform",
-            "trl_fast",
-            uniform,
-            uniform_rate,
-            timed,
-            False,
-        ),
-        Arm(
-            "uniform_aletheia", "uniform LoRA, our trainer", "uniform", "aletheia", uniform, uniform_rate, timed, False
-        ),
-        Arm(
-            "selected",
-            f"{count} selected layers, our trainer",
-            "selected",
-            "aletheia",
-            plan,
-            rate,
-            options.steps,
-            True,
-            probe_seconds,
-        ),
+        Arm(name, title, "uniform", trainer, every, uniform_rate, options.steps if full else timed, full)
+        for name, (title, trainer, full) in UNIFORM.items()
     ]
+    title = f"{count} selected layers, our trainer"
+    arms.append(Arm("selected", title, "selected", "aletheia", plan, rate, options.steps, True, probe_seconds))
     for control in options.controls:
         layers = STRATEGIES[control](plan.scores, SelectionOptions(num_layers=count, seed=options.seed))
         other = with_layers(plan, control, layers, plan.options.allocation)

@@ -84,23 +84,24 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
 
     ``speedup_ratio``: uniform LoRA under plain PEFT and Trainer over the selection with its probe, for the same steps.
     ``selection_ratio``: the same against the fastest uniform run, whichever trainer that was. ``trainer_ratio``: what
-    our trainer alone does for uniform LoRA. Batches differ in length from step to step, so a run of fewer steps is
-    compared with uniform LoRA over the steps that both took.
+    our trainer alone does for uniform LoRA. Batches differ in length from step to step, so two runs are compared over
+    the steps that both took.
     """
     by_name = {arm.name: arm for arm in arms}
     uniform, selected = by_name["uniform"], by_name["selected"]
-    per_step = {arm.name: _paired_seconds(arm, uniform) for arm in arms if arm.step_seconds}
+    own = median(selected.step_seconds[1:] or selected.step_seconds)
+    per_step = {arm.name: own * step_ratio(arm, selected) for arm in arms if arm.step_seconds}
     uniforms = [arm.name for arm in arms if arm.role == "uniform" and not arm.failed and arm.name in per_step]
     fastest = min(uniforms, key=lambda name: per_step[name])
     selected_seconds = per_step["selected"] * selected.steps + selected.probe_seconds
     matched = by_name.get("selected_time_matched")
-    ours = per_step.get("uniform_aletheia")
+    ours = by_name.get("uniform_aletheia")
     return {
         "speedup_ratio": per_step["uniform"] * uniform.steps / selected_seconds,
         "selection_ratio": per_step[fastest] * uniform.steps / selected_seconds,
         "step_speedup_ratio": per_step["uniform"] / per_step["selected"],
         "step_selection_ratio": per_step[fastest] / per_step["selected"],
-        "trainer_ratio": per_step["uniform"] / ours if ours else float("nan"),
+        "trainer_ratio": step_ratio(uniform, ours) if ours and ours.step_seconds else float("nan"),
         "fastest_uniform": fastest,
         "uniform_seconds": uniform.total_seconds,
         "selected_seconds": selected.total_seconds,
@@ -114,9 +115,8 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
     }
 
 
-def _paired_seconds(arm: Arm, uniform: Arm) -> float:
-    """Median seconds of a step as if the run had taken uniform LoRA's steps; the first, which warms up, left out."""
-    shared = min(len(arm.step_seconds), len(uniform.step_seconds))
+def step_ratio(one: Arm, other: Arm) -> float:
+    """Median step of one run over that of another, over the steps that both took; the first, a warm-up, left out."""
+    shared = min(len(one.step_seconds), len(other.step_seconds))
     first = 1 if shared > 1 else 0
-    ratio = median(arm.step_seconds[first:shared]) / median(uniform.step_seconds[first:shared])
-    return ratio * median(uniform.step_seconds[first:])
+    return median(one.step_seconds[first:shared]) / median(other.step_seconds[first:shared])

@@ -30,7 +30,7 @@ from .tables import (
     find_arm,
     paid_seconds,
     probe_seconds,
-    step_speed,
+    step_ratio,
 )
 from .templates import html, image, title_parts
 from .words import DASH, duration, known, loss_difference, loss_text, percent, significant, speed_text, visible
@@ -146,12 +146,12 @@ def _deck(record: Record) -> list[str]:
     if _broken(record):
         return []
     summary, sentences = _summary(record), []
-    fastest, uniform = _fastest_uniform(record), paid_seconds(record, REFERENCE)
+    fastest, saved = _fastest_uniform(record), step_ratio(find_arm(record, REFERENCE), _fastest_uniform(record))
     before, selected = _fastest_seconds(record), paid_seconds(record, SELECTED)
-    if fastest is not None and fastest.get("name") != REFERENCE and uniform and before and selected:
+    if fastest is not None and fastest.get("name") != REFERENCE and saved and before and selected:
         sentences.append(
             f"Not all of the difference is the choice of layers: all layers in the fastest way we measured "
-            f"({arm_title(fastest)}) trained {speed_text(uniform / before)} than plain PEFT. "
+            f"({arm_title(fastest)}) trained {speed_text(saved)} than plain PEFT. "
             f"Against that way, the selected layers trained {speed_text(before / selected)}."
         )
     matched, steps = known(summary.get("time_matched_heldout_loss")), known(summary.get("time_matched_steps"))
@@ -337,12 +337,12 @@ def _pareto_note(record: Record) -> str:
         return "This selection came without a prediction of its time."
     selected = find_arm(record, SELECTED)
     for arm in record["arms"]:
-        speed, own = step_speed(record, arm), None if selected is None else step_speed(record, selected)
+        taken = step_ratio(selected, arm)
         alike = selected is not None and arm.get("trainer") == selected.get("trainer")
-        if arm_role(arm) == "uniform" and alike and own and speed:
+        if arm_role(arm) == "uniform" and alike and taken:
             return (
                 f"Checked afterwards: a step on the selected layers was predicted to take {percent(predicted)} of a "
-                f"step on all layers, and took {percent(speed / own)} of one of “{arm_title(arm)}”, the same trainer."
+                f"step on all layers, and took {percent(taken)} of one of “{arm_title(arm)}”, the same trainer."
             )
     return "No uniform arm ran in the same trainer as the selected layers, so the prediction could not be checked."
 

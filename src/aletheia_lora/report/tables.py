@@ -96,21 +96,24 @@ def failure(arm: Arm) -> str:
 
 
 def step_speed(record: Record, arm: Arm) -> float | None:
-    """Median step seconds of plain PEFT over those of this arm, over the steps that both took; above 1 is faster.
+    """How many times faster than plain PEFT a step of this arm is: :func:`step_ratio`."""
+    return step_ratio(find_arm(record, REFERENCE), arm)
 
-    Batches differ in length from step to step, so medians over other steps would not compare.
+
+def step_ratio(one: Arm | None, other: Arm | None) -> float | None:
+    """Median step seconds of one arm over those of another, over the steps that both took; above 1 the other is faster.
+
+    Batches differ in length from step to step, so medians over other steps would not compare. None where an arm is
+    missing, failed or took no step.
     """
-    reference = find_arm(record, REFERENCE)
-    if reference is None or arm_number(reference, "median_step_seconds") is None:
+    if any(arm_number(arm, "median_step_seconds") is None for arm in (one, other)):
         return None
-    if arm_number(arm, "median_step_seconds") is None:
-        return None
-    theirs, own = ([float(step) for step in one.get("step_seconds") or ()] for one in (reference, arm))
-    shared = min(len(theirs), len(own))
+    slow, fast = ([float(step) for step in (arm or {}).get("step_seconds") or ()] for arm in (one, other))
+    shared = min(len(slow), len(fast))
     if not shared:
         return None
-    base, step = _median(theirs[:shared]), _median(own[:shared])
-    return base / step if base and step else None
+    above, below = _median(slow[:shared]), _median(fast[:shared])
+    return above / below if above and below else None
 
 
 def probe_seconds(arm: Arm) -> float:
@@ -124,13 +127,12 @@ def paid_seconds(record: Record, name: str) -> float | None:
     """Median step of an arm times the steps of the selected arm, plus its probe: what the speed-up compares.
 
     The median does not see the first step, which warms caches up, nor the step in which the machine did something
-    else. Arms that took a few steps only can be compared this way, too.
+    else. An arm that took a few steps only is set against the selected arm's same steps.
     """
-    arm = find_arm(record, name)
-    steps = known((find_arm(record, SELECTED) or {}).get("steps"))
-    base = arm_number(find_arm(record, REFERENCE), "median_step_seconds")
-    speed = None if arm is None else step_speed(record, arm)
-    return None if arm is None or not speed or not base or not steps else base / speed * steps + probe_seconds(arm)
+    arm, selected = find_arm(record, name), find_arm(record, SELECTED)
+    steps, step = known((selected or {}).get("steps")), arm_number(selected, "median_step_seconds")
+    ratio = step_ratio(arm, selected)
+    return None if arm is None or not ratio or not step or not steps else ratio * step * steps + probe_seconds(arm)
 
 
 def layers_text(layers: Sequence[int] | None, num_layers: object) -> str:
