@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import aletheia_lora.campaign.cell as cell_room
-from aletheia_lora.campaign.cell import run_cell
+from aletheia_lora.campaign.cell import exit_code, run_cell
 from aletheia_lora.campaign.executors import EXIT_MACHINE, EXIT_MEMORY
 from aletheia_lora.campaign.forecast import forecast, forecast_text
 from aletheia_lora.campaign.records import CellFolder
@@ -188,6 +188,7 @@ def test_a_loss_that_is_not_finite_is_its_own_state(begun):
     [
         (MemoryError(), EXIT_MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), EXIT_MEMORY),
+        (OSError(12, "Cannot allocate memory"), EXIT_MEMORY),
         (OSError(28, "No space left on device"), EXIT_MACHINE),
         (OSError(5, "Input/output error"), EXIT_MACHINE),
         (ValueError("always"), None),
@@ -205,6 +206,19 @@ def test_what_the_machine_did_leaves_no_record_and_what_the_program_did_is_one(b
     assert run_cell(place.path, print) == (code or 0)
     record = place.record()
     assert (record is None) if code else (record["reason"] == "RuntimeError: while training")
+
+
+def test_memory_that_torch_is_refused_on_a_cpu_is_no_fault_of_the_program():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 50)  # more than an address space holds: refused at once
+    assert exit_code(refused.value) == EXIT_MEMORY
+    with pytest.raises(ValueError, match="while training") as wrapped:
+        try:
+            torch.empty(1 << 50)
+        except RuntimeError:
+            raise ValueError("while training")  # noqa: B904 (met as the context alone)
+    assert exit_code(wrapped.value) == EXIT_MEMORY
+    assert exit_code(RuntimeError("shape '[2]' is invalid")) is None
 
 
 def test_a_check_that_does_not_hold_makes_the_cell_invalid(begun, monkeypatch):

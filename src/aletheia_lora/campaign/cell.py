@@ -49,6 +49,8 @@ from .methods import METHODS, Method
 from .records import CellFolder, LockedError, chosen_rate, faults, read_json
 from .shared import base_identity, model_of, shared_file
 
+OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""In the plain RuntimeError of torch's allocator on a CPU."""
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE}
 SPLIT_SEED, GRID_SEED = 0, 1_000_000
 """Held-out rows are the same for every seed; the grid is searched under a seed of its own."""
@@ -101,7 +103,8 @@ def _attempted(folder: CellFolder, say: Say) -> int:
 def exit_code(error: BaseException | None) -> int | None:
     """The exit code for an error that is not the program's; None for one that would come again."""
     while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if refused or isinstance(error, MemoryError | torch.OutOfMemoryError) or OUT_OF_MEMORY in str(error):
             return EXIT_MEMORY
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             return EXIT_MACHINE
