@@ -110,6 +110,18 @@ def test_what_cannot_be_meant_is_refused_with_the_next_step(load, changed, messa
         load(**changed)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("strategy", "last"), ("allocation", "asymmetric"), ("params_of", "paper")),
+        *(("trainer", "trainer"), ("quantization", "nf4")),
+    ],
+)
+def test_what_is_called_uniform_is_uniform_lora(load, key, value):
+    with pytest.raises(ConfigError, match=f"method 'uniform': got {key}='{value}', expected .*another name"):
+        load(methods=[{"name": "uniform", key: value}])
+
+
 def test_a_file_that_is_not_there_or_no_mapping_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         load_campaign(tmp_path / "none.yaml")

@@ -24,6 +24,7 @@ def check_campaign(campaign: Campaign) -> None:
     """
     _check_nothing_twice(campaign)
     _check_words(campaign.methods)
+    _check_uniform(campaign.methods)
     _check_evaluation(campaign)
     _check_processes(campaign)
 
@@ -83,6 +84,19 @@ def _check_words(methods: Sequence[Method]) -> None:
         if method.quantization == "int8" and method.adapter == "dora":
             raise ConfigError(
                 f"method {method.name!r}: PEFT's DoRA loses the scales of int8 weights. Take nf4 or fp4, or LoRA."
+            )
+
+
+def _check_uniform(methods: Sequence[Method]) -> None:
+    """What every report calls uniform LoRA is that."""
+    wanted = Method(name="uniform", **METHODS["uniform"])
+    given = next((method for method in methods if method.name == wanted.name), wanted)
+    for key in ("strategy", "allocation", "params_of", "trainer", "adapter", "quantization"):
+        value, meant = getattr(given, key), getattr(wanted, key)
+        if value != meant:
+            raise ConfigError(
+                f"method 'uniform': got {key}={value!r}, expected {meant!r}: by this name reports mean uniform LoRA, "
+                "which all others are compared with. Give this one another name, and a strategy of its own."
             )
 
 
