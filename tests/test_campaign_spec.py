@@ -169,9 +169,17 @@ def test_a_grid_of_one_rate_has_nothing_to_search(spec):
     assert {cell.content["kind"] for cell in made} == {"run"} and grid_of(made[0]) == []
 
 
-def test_pefts_other_adapters_have_no_cell_at_equal_time(spec):
-    made = cells(spec(methods=["uniform", "dora"], match=["time"]))
-    assert {cell.content["method"]["name"] for cell in made} == {"uniform"}
+def test_what_no_counting_knows_the_time_of_has_no_cell_at_equal_time(spec):
+    mine = {"name": "mine", "strategy": "last", "trainer": "trainer"}
+    made = cells(spec(methods=["uniform", "dora", "adalora", "uniform_trainer", mine, "last"], match=["steps", "time"]))
+    timed = [cell for cell in made if cell.content.get("match") == "time"]
+    assert {cell.content["method"]["name"] for cell in timed} == {"uniform", "last"}
+
+
+@pytest.mark.parametrize("name", ["dora", "uniform_trainer", "qlora"])
+def test_a_method_that_would_have_no_cell_at_all_is_refused(load, name):
+    with pytest.raises(ConfigError, match=f"method '{name}' would never run.*Add 'steps' to match"):
+        load(methods=["uniform", name], match=["time"])
 
 
 def test_another_seed_leaves_the_cells_that_are_there_alone(spec):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, nearest
-from .methods import METHODS, Method
+from .methods import METHODS, Method, has_counted_time
 from .pack import CHOICES
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def check_campaign(campaign: Campaign) -> None:
     _check_nothing_twice(campaign)
     _check_words(campaign.methods)
     _check_uniform(campaign.methods)
+    _check_match(campaign)
     _check_evaluation(campaign)
     _check_processes(campaign)
 
@@ -98,6 +99,16 @@ def _check_uniform(methods: Sequence[Method]) -> None:
                 f"method 'uniform': got {key}={value!r}, expected {meant!r}: by this name reports mean uniform LoRA, "
                 "which all others are compared with. Give this one another name, and a strategy of its own."
             )
+
+
+def _check_match(campaign: Campaign) -> None:
+    """Every method has a cell."""
+    uncounted = [method.name for method in campaign.methods if not has_counted_time(method.model_dump())]
+    if uncounted and "steps" not in campaign.match:
+        raise ConfigError(
+            f"method {uncounted[0]!r} would never run: match is only 'time', and counting knows the time of LoRA on "
+            "plain weights under our trainer alone. Add 'steps' to match, or leave the method out."
+        )
 
 
 def _check_evaluation(campaign: Campaign) -> None:

@@ -6,6 +6,7 @@ layers and weights as ``paper``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -64,3 +65,14 @@ class Method(BaseModel):
     def needs_probe(self) -> bool:
         """True where layers or ranks follow from a measurement on the data, which is then a part of its cost."""
         return self.strategy in SCORED or self.allocation == "proportional"
+
+
+def is_packed(method: Mapping[str, Any]) -> bool:
+    """True where the method's base model is quantized."""
+    return bool(method.get("quantization", "none") != "none")
+
+
+def has_counted_time(method: Mapping[str, Any]) -> bool:
+    """True where counting gives the time of a step: LoRA on plain weights under our trainer."""
+    ours = method.get("trainer", "aletheia") == "aletheia"
+    return bool(ours and method["adapter"] == "lora" and not is_packed(method))
