@@ -101,6 +101,23 @@ def test_each_method_trains_what_it_says(begun):
         assert all(result["checks"].values()) and result["other_loss"] is None
 
 
+def test_as_many_weights_as_the_method_of_this_campaign_has(begun):
+    paper, same = run(begun(methods=[{"name": "paper", "percent": 25.0, "score": "taylor"}, "all_matched_params"]))
+    assert (paper["state"], same["state"]) == ("done", "done")
+    assert (len(paper["result"]["layers"]), paper["result"]["ranks"], same["result"]["ranks"]) == (1, [4], [1])
+    assert paper["result"]["trainable_params"] == same["result"]["trainable_params"]
+
+
+def test_what_no_rank_matches_fails_before_it_trains_and_names_the_nearest(begun):
+    three = {"name": "three", "strategy": "last", "num_layers": 3, "allocation": "uniform"}
+    same = {"name": "same", "strategy": "all", "allocation": "uniform", "params_of": "three"}
+    done, failed = run(begun(methods=[three, same], rank=5))
+    wanted = done["result"]["trainable_params"]
+    assert (failed["state"], "step_seconds" in failed["result"]) == ("failed", False)
+    assert f"as many weights as three, {wanted:,} within 2 %" in failed["reason"]
+    assert f"the nearest rank, 4, trains {wanted * 16 // 15:,}. Raise the campaign's rank" in failed["reason"]
+
+
 def test_a_run_keeps_the_adapter_that_was_measured(begun):
     place = begun(learning_rates=[0.01], other_text={"name": "other", "data": "other.jsonl"})[0]
     (record,) = run([place])

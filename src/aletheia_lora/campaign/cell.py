@@ -29,7 +29,7 @@ from ..comparison.runs import run_of
 from ..data import Parts, TokenizedRows, split, tokenize
 from ..embedded import split_by_module, standard_library_rows
 from ..environment import environment
-from ..errors import NonFiniteLossError
+from ..errors import NonFiniteLossError, PlanError
 from ..evaluation.adapters import adapter_digest
 from ..files import whole_folder, write_json
 from ..loss import heldout_loss
@@ -41,6 +41,7 @@ from ..processes import on_main, world_size
 from ..rows import load_rows
 from ..runs import EMBEDDED, Say
 from ..scores import EXTRAS
+from ..statistics import parameter_matched
 from ..training.interleave import take_turns
 from .baselines import adapter_of, prepared
 from .evaluated import ADAPTER, evaluated
@@ -240,19 +241,40 @@ class Bench:
             seed=seed + DRAW_SEEDS * draw,
         )
 
-    def plan(self, method: Method, measured: ProbeResult, seed: int, draw: int) -> Plan:
-        """The plan of this method.
+    @property
+    def matched_method(self) -> Method | None:
+        """The method that this cell's is to train as many weights as; None where it has a rank of its own."""
+        name = self.content["method"].get("params_of")
+        if name is None:
+            return None
+        return Method(**(self.content.get("matched_method") or {"name": name, **METHODS[name]}))
+
+    def plan(self, method: Method, measured: ProbeResult, seed: int, draw: int, say: Say) -> Plan:
+        """The plan of this cell's method.
 
         Raises:
-            PlanError: If its budget or its ranks cannot be met on this model.
+            PlanError: If its budget or its ranks cannot be met on this model, or no rank trains as many weights as the
+                method that it is matched with.
         """
-        options = self.options(method, seed, draw)
-        model = self.model if method.score == "weight_snr" else None  # the one score that looks at weights
-        if method.params_of is not None:
-            other = Method(name=method.params_of, **METHODS[method.params_of])
-            wanted = self.plan(other, measured, seed, draw).trainable_params
-            one = plan_from_probe(self.found, measured, replace(options, rank=1), model=model).trainable_params
-            options = replace(options, rank=max(wanted // one, 1))
+        other, own = self.matched_method, self.options(method, seed, draw)
+        if other is None:
+            return self._planned(own, measured)
+        theirs = self._planned(self.options(other, seed, draw), self.probe(other, seed, say))
+        wanted = theirs.trainable_params
+        one = self._planned(replace(own, rank=1), measured).trainable_params
+        made = self._planned(replace(own, rank=max(round(wanted / one), 1)), measured)
+        try:
+            parameter_matched(0.0, wanted, 0.0, made.trainable_params)
+        except ValueError as error:
+            raise PlanError(
+                f"{method.name} is to train as many weights as {other.name}, {wanted:,} within 2 %, and the nearest "
+                f"rank, {made.options.rank}, trains {made.trainable_params:,}. Raise the campaign's rank, which makes "
+                "one rank a smaller part, or give one of the two other layers."
+            ) from error
+        return made
+
+    def _planned(self, options: PlanOptions, measured: ProbeResult) -> Plan:
+        model = self.model if options.score == "weight_snr" else None  # the one score that looks at weights
         return plan_from_probe(self.found, measured, options, model=model)
 
     def steps_in_equal_time(self, plan: Plan, measured: ProbeResult, steps: int) -> int:
@@ -382,7 +404,7 @@ def _trained(
     content = bench.content
     method = Method(**content["method"])
     measured = bench.probe(method, seed, say)
-    plan = bench.plan(method, measured, seed, draw)
+    plan = bench.plan(method, measured, seed, draw, say)
     if match == "time":
         steps = bench.steps_in_equal_time(plan, measured, steps)
     cached = bool(content["prefix_cache"] and method.trainer == "aletheia" and plan.selection.lowest > 0)

@@ -64,7 +64,7 @@ def _check_words(methods: Sequence[Method]) -> None:
         "score": SCORES,
         "strategy": STRATEGIES,
         "allocation": ALLOCATIONS,
-        "params_of": METHODS,
+        "params_of": _matchable(methods),
     }
     for method in methods:
         for key, table in tables.items():
@@ -77,6 +77,7 @@ def _check_words(methods: Sequence[Method]) -> None:
             raise ConfigError(f"method {method.name!r}: {method.adapter} runs under trainer: trainer, at the one rank.")
         if method.params_of is not None and method.allocation != "uniform":
             raise ConfigError(f"method {method.name!r}: params_of finds one rank, so its allocation is uniform.")
+        _check_matched(method, methods)
         if method.quantization != "none" and method.score in READ_WEIGHTS:
             raise ConfigError(
                 f"method {method.name!r}: the score {method.score!r} reads weights, which quantization="
@@ -86,6 +87,25 @@ def _check_words(methods: Sequence[Method]) -> None:
             raise ConfigError(
                 f"method {method.name!r}: PEFT's DoRA loses the scales of int8 weights. Take nf4 or fp4, or LoRA."
             )
+
+
+def _matchable(methods: Sequence[Method]) -> dict[str, Method]:
+    """The methods that ``params_of`` may name: those of the campaign come before those of the table."""
+    known = {name: Method(name=name, **given) for name, given in METHODS.items()}
+    return known | {method.name: method for method in methods}
+
+
+def _check_matched(method: Method, methods: Sequence[Method]) -> None:
+    """What is matched in its number of weights has one of its own."""
+    if method.params_of is None:
+        return
+    other = _matchable(methods)[method.params_of]
+    if other.params_of is not None or other.adapter == "adalora":
+        why = "has its own from another one" if other.params_of is not None else "changes it along the run"
+        raise ConfigError(
+            f"method {method.name!r}: params_of={other.name!r}, expected a method whose ranks give its number of "
+            f"weights; {other.name!r} {why}. Name another one."
+        )
 
 
 def _check_uniform(methods: Sequence[Method]) -> None:

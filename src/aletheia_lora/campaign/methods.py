@@ -52,7 +52,7 @@ class Method(BaseModel):
     time_budget: float = Field(0.7, gt=0, le=1, description="Step time as a share of uniform LoRA's, for 'budget'.")
     allocation: str = Field("matched", description="What gives the ranks: a key of ALLOCATIONS.")
     params_of: str | None = Field(
-        None, description="A key of METHODS: take the largest rank that trains no more weights than it."
+        None, description="Take the rank that trains as many weights as this method of the campaign, or of METHODS."
     )
     trainer: Literal["aletheia", "trainer"] = Field("aletheia", description="Ours, or transformers' Trainer.")
     adapter: Literal["lora", "dora", "adalora"] = Field("lora", description="Kind of adapter.")

@@ -408,7 +408,8 @@ def _runs(spec: Mapping[str, Any]) -> Iterator[Cell]:
                             "versions": {**spec["versions"], **versions},
                             "model": model,
                             "task": task,
-                            "method": {key: value for key, value in method.items() if key != "draws"},
+                            "method": _without_draws(method),
+                            **_matched_method(method, spec["methods"]),
                             "match": match,
                             "seed": seed,
                             "draw": draw,
@@ -416,9 +417,22 @@ def _runs(spec: Mapping[str, Any]) -> Iterator[Cell]:
                     )
 
 
+def _without_draws(method: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in method.items() if key != "draws"}
+
+
+def _matched_method(method: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry that ``params_of`` names, as a part of the content; nothing where METHODS has the same."""
+    name = method.get("params_of")
+    given = next((_without_draws(entry) for entry in methods if entry["name"] == name), None)
+    if given is None or (name in METHODS and Method(**given) == Method(name=name, **METHODS[name])):
+        return {}
+    return {"matched_method": given}
+
+
 def grid_of(run: Cell) -> list[Cell]:
     """The cells whose outcome gives a run its learning rate; none where only one rate is allowed."""
-    keys = (*SHARED, *LATER, "model", "task", "method")
+    keys = (*SHARED, *LATER, "model", "task", "method", "matched_method")
     shared = {key: run.content[key] for key in keys if key in run.content}
     shared["steps"] = run.content["grid_steps"]
     rates = run.content["learning_rates"]
