@@ -277,6 +277,18 @@ def test_a_forecast_lists_every_cell_and_says_what_it_cannot_know(begun, ground)
     assert "12 cells" in forecast_text(record) and "6 more not known" in forecast_text(record)
 
 
+def test_a_method_that_cannot_be_planned_is_named_in_the_forecast_and_the_others_stand(begun, ground):
+    last = {"name": "nine", "strategy": "last", "num_layers": 9}
+    begun(methods=["uniform", last], learning_rates=[1e-3, 1e-2])
+    record = forecast(resolved(load_campaign(ground / "spec.yaml"), ground), print)
+    assert (record["num_cells"], record["num_unknown"]) == (6, 3)
+    unknown = {entry["cell"].rpartition("-")[0]: entry for entry in record["cells"] if entry["seconds"] is None}
+    assert unknown["run-tiny-llama-words-nine-s0"]["bytes"] is None
+    assert {entry["reason"] for entry in unknown.values()} == {
+        "num_layers=9, but the model has 4 layers. Ask for fewer."
+    }
+
+
 def test_the_command_says_what_is_wrong_and_what_there_is(ground, monkeypatch, capsys):
     path = ground / "command.yaml"
     path.write_text(yaml.safe_dump({**VALUES, "stepz": 3}))

@@ -87,13 +87,16 @@ class _Ground:
 
 
 def forecast(spec: Mapping[str, Any], say: Say) -> dict[str, Any]:
-    """Every cell with its predicted seconds and bytes; None, with the reason, where a model or task cannot be read."""
+    """Every cell with its predicted seconds and bytes; None, with the reason, where that cannot be known.
+
+    So it is with a model or task that cannot be read, and with a method that cannot be planned on a model.
+    """
     grounds: dict[tuple[str, str], _Ground | str] = {}
     for model in spec["models"]:
         for task in spec["tasks"]:
             try:
                 grounds[model["name"], task["name"]] = _ground(model, task, spec, say)
-            except (AletheiaError, ValueError) as error:
+            except (AletheiaError, ValueError, OSError) as error:
                 grounds[model["name"], task["name"]] = " ".join(str(error).split())
     entries = [_entry(cell, grounds[cell.group[:2]]) for cell in cells(spec)]
     per_module = PROBE_BYTES + PROBE_BATCH_BYTES * spec["probe_batches"]
@@ -110,14 +113,17 @@ def forecast(spec: Mapping[str, Any], say: Say) -> dict[str, Any]:
 
 
 def _entry(cell: Cell, ground: _Ground | str) -> dict[str, Any]:
-    if cell.content["kind"] == "evaluation" and not isinstance(ground, str):
-        ground = "an answer is as long as the model makes it"
-    return {
-        "cell": cell.folder_name,
-        "seconds": ground.seconds(cell) if isinstance(ground, _Ground) else None,
-        "bytes": ground.num_bytes(cell) if isinstance(ground, _Ground) else None,
-        "reason": ground if isinstance(ground, str) else None,
-    }
+    known: dict[str, Any] = {"seconds": None, "bytes": None, "reason": None}
+    if isinstance(ground, str):
+        known["reason"] = ground
+    elif cell.content["kind"] == "evaluation":
+        known["reason"] = "an answer is as long as the model makes it"
+    else:
+        try:
+            known |= {"seconds": ground.seconds(cell), "bytes": ground.num_bytes(cell)}
+        except (AletheiaError, ValueError) as error:
+            known["reason"] = " ".join(str(error).split())
+    return {"cell": cell.folder_name, **known}
 
 
 def _ground(model: Mapping[str, Any], task: Mapping[str, Any], spec: Mapping[str, Any], say: Say) -> _Ground:
