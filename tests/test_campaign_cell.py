@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import aletheia_lora.campaign.cell as cell_room
+import aletheia_lora.campaign.forecast as forecast_room
 from aletheia_lora.campaign.cell import exit_code, run_cell
 from aletheia_lora.campaign.executors import EXIT_MACHINE, EXIT_MEMORY
 from aletheia_lora.campaign.forecast import forecast, forecast_text
@@ -287,6 +288,16 @@ def test_a_method_that_cannot_be_planned_is_named_in_the_forecast_and_the_others
     assert {entry["reason"] for entry in unknown.values()} == {
         "num_layers=9, but the model has 4 layers. Ask for fewer."
     }
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_forecast_takes_the_rate_of_the_dtype_that_a_model_is_trained_in(begun, ground, monkeypatch, dtype, wanted):
+    rates = {torch.float32: 1e9, torch.bfloat16: 5e8}
+    asked = []
+    monkeypatch.setattr(forecast_room, "measured_rate", lambda _device, dtype: asked.append(dtype) or rates[dtype])
+    begun(models=[{"name": "tiny-llama", "model": "tiny-llama", "dtype": dtype, "device": "cpu"}])
+    (entry,) = forecast(resolved(load_campaign(ground / "spec.yaml"), ground), print)["cells"]
+    assert asked == [wanted] and entry["seconds"] > 0
 
 
 def test_the_command_says_what_is_wrong_and_what_there_is(ground, monkeypatch, capsys):

@@ -43,6 +43,8 @@ class _Ground:
     found: ModelAnatomy
     cost: CostModel
     mean_length: float
+    dtype: torch.dtype
+    """That products are in, and hidden states kept in."""
 
     def seconds(self, cell: Cell) -> float:
         """Training and evaluation; starting the process and loading the model are not in it."""
@@ -83,7 +85,7 @@ class _Ground:
         if not content["prefix_cache"]:
             return own
         rows = content["train_rows"] or content["task"]["max_rows"] or 0
-        return own + float(rows * self.mean_length * self.found.hidden_size * 4)
+        return own + float(rows * self.mean_length * self.found.hidden_size * self.dtype.itemsize)
 
 
 def forecast(spec: Mapping[str, Any], say: Say) -> dict[str, Any]:
@@ -149,7 +151,9 @@ def _ground(model: Mapping[str, Any], task: Mapping[str, Any], spec: Mapping[str
     )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if model["device"] == "auto" else model["device"]
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return _Ground(found, cost_model(found, shape).in_seconds(measured_rate(device, dtype)), length)
+    if model["dtype"] != "auto":
+        dtype = getattr(torch, model["dtype"])
+    return _Ground(found, cost_model(found, shape).in_seconds(measured_rate(device, dtype)), length, dtype)
 
 
 def forecast_text(record: Mapping[str, Any]) -> str:
