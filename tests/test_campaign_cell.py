@@ -171,8 +171,9 @@ def test_a_prefix_cache_is_shared_and_changes_nothing_but_rounding(begun):
     plain, _ = run(begun(methods=["last"], seeds=[0, 1], steps=8))
     first, second = run(begun(methods=["last"], seeds=[0, 1], steps=8, prefix_cache=True))
     assert first["result"]["heldout_loss"] == pytest.approx(plain["result"]["heldout_loss"], rel=1e-5)
-    written = [record["result"]["prefix_cache"]["bytes_written"] for record in (first, second)]
-    assert written[0] > written[1]  # some of the second seed's rows were there
+    caches = [record["result"]["prefix_cache"] for record in (first, second)]
+    assert caches[0]["bytes_written"] > caches[1]["bytes_written"]  # some of the second seed's rows were there
+    assert [cache["bytes_held"] > cache["bytes_written"] for cache in caches] == [False, True]
 
 
 def test_a_step_in_micro_batches_is_the_same_step_in_less_memory(begun):
