@@ -16,6 +16,7 @@ from aletheia_lora.campaign.executors import EXIT_MACHINE, EXIT_MEMORY
 from aletheia_lora.campaign.forecast import forecast, forecast_text
 from aletheia_lora.campaign.records import CellFolder
 from aletheia_lora.campaign.report import tables
+from aletheia_lora.campaign.runner import driver_lock
 from aletheia_lora.campaign.spec import cells, load_campaign, resolved
 from aletheia_lora.cli import main
 from aletheia_lora.evaluation.adapters import adapter_digest, with_adapter
@@ -128,6 +129,15 @@ def test_a_run_keeps_the_adapter_that_was_measured(begun):
     with with_adapter(bench.model, place.path / "adapter") as adapted:
         assert heldout_loss(adapted, bench.batches(bench.held_out)) == pytest.approx(result["heldout_loss"], abs=1e-6)
         assert heldout_loss(adapted, bench.batches(bench.other_text())) == pytest.approx(result["other_loss"], abs=1e-6)
+
+
+def test_a_record_says_how_many_cells_its_driver_ran_at_a_time(begun):
+    alone, beside = begun(seeds=[0, 1], steps=1, evaluations=1)
+    run([alone])
+    with driver_lock(beside.path.parents[1], workers=3):
+        run([beside])
+    assert "workers" not in alone.record()["result"]["environment"]
+    assert beside.record()["result"]["environment"]["workers"] == "3"
 
 
 def test_a_record_keeps_the_scores_of_its_layers_and_the_type_of_its_model(begun):

@@ -22,6 +22,7 @@ def test_a_method_under_the_other_trainer_is_timed_and_never_counted(tmp_path):
     assert (row["n"], row["of"], row["counted_ratio"]) == (3, 3, None)
 
 
+MACHINE = {"device": "CPU", "threads": "1"}
 OWN = {"hits": 4, "bytes_held": 100, "bytes_written": 100}
 
 
@@ -29,6 +30,8 @@ OWN = {"hits": 4, "bytes_held": 100, "bytes_written": 100}
     ("measured", "said"),
     [
         ({"micro_batches": 2}, "steps cut into other micro-batches"),
+        ({"environment": {**MACHINE, "workers": "2"}}, "measured with another number of cells at a time"),
+        ({"environment": MACHINE}, None),  # an older record, which does not say
         ({"prefix_cache": {**OWN, "bytes_written": 60}}, "paper found its prefix cache filled"),
         ({"prefix_cache": OWN}, None),
         ({"prefix_cache": {"hits": 0, "bytes_held": 100, "bytes_written": 0}}, None),
@@ -38,7 +41,8 @@ OWN = {"hits": 4, "bytes_held": 100, "bytes_written": 100}
 def test_seconds_that_did_not_pay_for_the_same_are_no_pair(tmp_path, measured, said):
     def outcome(content):
         other = content["method"]["name"] == "paper" and content["seed"] == 0
-        return result(content, **{"micro_batches": 1, **(measured if other else {})})
+        usual = {"micro_batches": 1, "environment": {**MACHINE, "workers": "1"}}
+        return result(content, **{**usual, **(measured if other else {})})
 
     campaign(tmp_path, spec("uniform", "paper"), outcome)
     row = find(tables(tmp_path)["speed"], scope="all", method="paper")

@@ -48,6 +48,7 @@ from .evaluated import ADAPTER, evaluated
 from .executors import EXIT_MACHINE, EXIT_MEMORY
 from .methods import METHODS, Method
 from .records import CellFolder, LockedError, chosen_rate, faults, read_json
+from .runner import driver_workers
 from .shared import base_identity, model_of, shared_file
 
 OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
@@ -454,7 +455,7 @@ def _measured(bench: Bench, arm: Arm, adapted: Any) -> dict[str, Any]:
     """What came of a run, and whether it was what was planned."""
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     still = [name for name, value in adapted.named_parameters() if "lora_B" in name and not bool(value.detach().any())]
-    lowest = arm.plan.selection.lowest
+    lowest, workers = arm.plan.selection.lowest, driver_workers(bench.shared.parent)
     return {
         "rows_digest": bench.rows_digest,
         "fingerprint": bench.found.fingerprint,
@@ -478,5 +479,5 @@ def _measured(bench: Bench, arm: Arm, adapted: Any) -> dict[str, Any]:
             "adapters_moved": not still,
             "backward_depth": arm.trainer != "aletheia" or arm.lowest_backward_layer == lowest,
         },
-        "environment": environment(),
+        "environment": {**environment(), **({} if workers is None else {"workers": str(workers)})},
     }

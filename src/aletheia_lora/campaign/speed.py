@@ -38,8 +38,8 @@ def speeds(spec: Mapping[str, Any], found: Sequence[Outcome], families: Mapping[
     """How many times faster than uniform LoRA at equal steps, the probe paid; over all, by model and by family.
 
     The logarithms of training seconds are compared pair by pair, the draws of a random method averaged first. Runs on
-    other devices, with another number of threads or with other micro-batches are no pair, and none is with a run that
-    replayed what another cell had put into the prefix cache.
+    other devices, with another number of threads, of cells at a time or of micro-batches are no pair, and none is with
+    a run that replayed what another cell had put into the prefix cache.
 
     Args:
         spec: The resolved spec.
@@ -122,6 +122,8 @@ def _other_clock(one: Outcome, two: Outcome) -> str | None:
     first, second = ((run.result.get("environment") or {}) for run in (one, two))
     if any(first.get(key) != second.get(key) for key in SAME_MACHINE):
         return "measured on another device"
+    if len({found["workers"] for found in (first, second) if "workers" in found}) > 1:
+        return "measured with another number of cells at a time"
     if one.result.get("micro_batches", 1) != two.result.get("micro_batches", 1):
         return "steps cut into other micro-batches"
     filled = next((run.method for run in (one, two) if _found_filled(run)), None)
