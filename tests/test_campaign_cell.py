@@ -10,11 +10,13 @@ import torch
 import yaml
 
 import aletheia_lora.campaign.cell as cell_room
-from aletheia_lora.campaign.cell import run_cell
+import aletheia_lora.campaign.forecast as forecast_room
+from aletheia_lora.campaign.cell import exit_code, run_cell
 from aletheia_lora.campaign.executors import EXIT_MACHINE, EXIT_MEMORY
 from aletheia_lora.campaign.forecast import forecast, forecast_text
 from aletheia_lora.campaign.records import CellFolder
 from aletheia_lora.campaign.report import tables
+from aletheia_lora.campaign.runner import driver_lock
 from aletheia_lora.campaign.spec import cells, load_campaign, resolved
 from aletheia_lora.cli import main
 from aletheia_lora.evaluation.adapters import adapter_digest, with_adapter
@@ -101,6 +103,23 @@ def test_each_method_trains_what_it_says(begun):
         assert all(result["checks"].values()) and result["other_loss"] is None
 
 
+def test_as_many_weights_as_the_method_of_this_campaign_has(begun):
+    paper, same = run(begun(methods=[{"name": "paper", "percent": 25.0, "score": "taylor"}, "all_matched_params"]))
+    assert (paper["state"], same["state"]) == ("done", "done")
+    assert (len(paper["result"]["layers"]), paper["result"]["ranks"], same["result"]["ranks"]) == (1, [4], [1])
+    assert paper["result"]["trainable_params"] == same["result"]["trainable_params"]
+
+
+def test_what_no_rank_matches_fails_before_it_trains_and_names_the_nearest(begun):
+    three = {"name": "three", "strategy": "last", "num_layers": 3, "allocation": "uniform"}
+    same = {"name": "same", "strategy": "all", "allocation": "uniform", "params_of": "three"}
+    done, failed = run(begun(methods=[three, same], rank=5))
+    wanted = done["result"]["trainable_params"]
+    assert (failed["state"], "step_seconds" in failed["result"]) == ("failed", False)
+    assert f"as many weights as three, {wanted:,} within 2 %" in failed["reason"]
+    assert f"the nearest rank, 4, trains {wanted * 16 // 15:,}. Raise the campaign's rank" in failed["reason"]
+
+
 def test_a_run_keeps_the_adapter_that_was_measured(begun):
     place = begun(learning_rates=[0.01], other_text={"name": "other", "data": "other.jsonl"})[0]
     (record,) = run([place])
@@ -110,6 +129,15 @@ def test_a_run_keeps_the_adapter_that_was_measured(begun):
     with with_adapter(bench.model, place.path / "adapter") as adapted:
         assert heldout_loss(adapted, bench.batches(bench.held_out)) == pytest.approx(result["heldout_loss"], abs=1e-6)
         assert heldout_loss(adapted, bench.batches(bench.other_text())) == pytest.approx(result["other_loss"], abs=1e-6)
+
+
+def test_a_record_says_how_many_cells_its_driver_ran_at_a_time(begun):
+    alone, beside = begun(seeds=[0, 1], steps=1, evaluations=1)
+    run([alone])
+    with driver_lock(beside.path.parents[1], workers=3):
+        run([beside])
+    assert "workers" not in alone.record()["result"]["environment"]
+    assert beside.record()["result"]["environment"]["workers"] == "3"
 
 
 def test_a_record_keeps_the_scores_of_its_layers_and_the_type_of_its_model(begun):
@@ -153,8 +181,9 @@ def test_a_prefix_cache_is_shared_and_changes_nothing_but_rounding(begun):
     plain, _ = run(begun(methods=["last"], seeds=[0, 1], steps=8))
     first, second = run(begun(methods=["last"], seeds=[0, 1], steps=8, prefix_cache=True))
     assert first["result"]["heldout_loss"] == pytest.approx(plain["result"]["heldout_loss"], rel=1e-5)
-    written = [record["result"]["prefix_cache"]["bytes_written"] for record in (first, second)]
-    assert written[0] > written[1]  # some of the second seed's rows were there
+    caches = [record["result"]["prefix_cache"] for record in (first, second)]
+    assert caches[0]["bytes_written"] > caches[1]["bytes_written"]  # some of the second seed's rows were there
+    assert [cache["bytes_held"] > cache["bytes_written"] for cache in caches] == [False, True]
 
 
 def test_a_step_in_micro_batches_is_the_same_step_in_less_memory(begun):
@@ -188,6 +217,7 @@ def test_a_loss_that_is_not_finite_is_its_own_state(begun):
     [
         (MemoryError(), EXIT_MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory"), EXIT_MEMORY),
+        (OSError(12, "Cannot allocate memory"), EXIT_MEMORY),
         (OSError(28, "No space left on device"), EXIT_MACHINE),
         (OSError(5, "Input/output error"), EXIT_MACHINE),
         (ValueError("always"), None),
@@ -205,6 +235,19 @@ def test_what_the_machine_did_leaves_no_record_and_what_the_program_did_is_one(b
     assert run_cell(place.path, print) == (code or 0)
     record = place.record()
     assert (record is None) if code else (record["reason"] == "RuntimeError: while training")
+
+
+def test_memory_that_torch_is_refused_on_a_cpu_is_no_fault_of_the_program():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 50)  # more than an address space holds: refused at once
+    assert exit_code(refused.value) == EXIT_MEMORY
+    with pytest.raises(ValueError, match="while training") as wrapped:
+        try:
+            torch.empty(1 << 50)
+        except RuntimeError:
+            raise ValueError("while training")  # noqa: B904 (met as the context alone)
+    assert exit_code(wrapped.value) == EXIT_MEMORY
+    assert exit_code(RuntimeError("shape '[2]' is invalid")) is None
 
 
 def test_a_check_that_does_not_hold_makes_the_cell_invalid(begun, monkeypatch):
@@ -244,6 +287,28 @@ def test_a_forecast_lists_every_cell_and_says_what_it_cannot_know(begun, ground)
     assert uniform["seconds"] > last["seconds"] > 0 and uniform["bytes"] > last["bytes"] > 0
     assert "config.json" in by_name["run-model-words-last-s0"]["reason"]
     assert "12 cells" in forecast_text(record) and "6 more not known" in forecast_text(record)
+
+
+def test_a_method_that_cannot_be_planned_is_named_in_the_forecast_and_the_others_stand(begun, ground):
+    last = {"name": "nine", "strategy": "last", "num_layers": 9}
+    begun(methods=["uniform", last], learning_rates=[1e-3, 1e-2])
+    record = forecast(resolved(load_campaign(ground / "spec.yaml"), ground), print)
+    assert (record["num_cells"], record["num_unknown"]) == (6, 3)
+    unknown = {entry["cell"].rpartition("-")[0]: entry for entry in record["cells"] if entry["seconds"] is None}
+    assert unknown["run-tiny-llama-words-nine-s0"]["bytes"] is None
+    assert {entry["reason"] for entry in unknown.values()} == {
+        "num_layers=9, but the model has 4 layers. Ask for fewer."
+    }
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_forecast_takes_the_rate_of_the_dtype_that_a_model_is_trained_in(begun, ground, monkeypatch, dtype, wanted):
+    rates = {torch.float32: 1e9, torch.bfloat16: 5e8}
+    asked = []
+    monkeypatch.setattr(forecast_room, "measured_rate", lambda _device, dtype: asked.append(dtype) or rates[dtype])
+    begun(models=[{"name": "tiny-llama", "model": "tiny-llama", "dtype": dtype, "device": "cpu"}])
+    (entry,) = forecast(resolved(load_campaign(ground / "spec.yaml"), ground), print)["cells"]
+    assert asked == [wanted] and entry["seconds"] > 0
 
 
 def test_the_command_says_what_is_wrong_and_what_there_is(ground, monkeypatch, capsys):

@@ -100,13 +100,14 @@ def test_the_grid_of_a_packed_method_is_its_own(spec, tmp_path):
 
 @needs_bitsandbytes
 def test_the_evaluation_of_a_packed_run_is_beside_its_packed_base(spec, tmp_path):
-    methods = ["qlora", {"name": "uniform", "quantization": "int8"}]
+    eight = {"name": "eight", "strategy": "all", "allocation": "uniform", "quantization": "int8"}
+    methods = ["qlora", eight]
     asked = {"tasks": ["wikitext"], "data_dir": "tasks"}
     for _again in range(2):  # the second time with the base model's answers of the first
         found = run(spec(methods=methods, evaluation=asked), tmp_path)
         shutil.rmtree(tmp_path / "cells")
     assert len(list((tmp_path / "shared").glob("evaluation-*.json"))) == 2
-    tasks = [found[name]["evaluation"]["wikitext"] for name in ("qlora", "uniform")]
+    tasks = [found[name]["evaluation"]["wikitext"] for name in ("qlora", "eight")]
     assert tasks[0]["base"] != tasks[1]["base"] and all(task["value"] != task["base"] for task in tasks)
 
 

@@ -13,7 +13,7 @@ from aletheia_lora.campaign.commands import shown_live
 from aletheia_lora.campaign.executors import local_executor
 from aletheia_lora.campaign.records import CellFolder, LockedError, chosen_rate
 from aletheia_lora.campaign.report import csv_text, tables, write_report
-from aletheia_lora.campaign.runner import Budget, driver_lock, run_campaign
+from aletheia_lora.campaign.runner import Budget, driver_lock, driver_workers, run_campaign
 from aletheia_lora.campaign.spec import cells
 from aletheia_lora.campaign.status import status, status_text
 from aletheia_lora.errors import AletheiaError, ConfigError, OutputError
@@ -65,6 +65,12 @@ def places(made, folder):
 
 def kinds(place):
     return [event["kind"] for event in place.events()]
+
+
+def test_the_driver_says_how_many_cells_it_runs_at_a_time(campaign, tmp_path):
+    assert driver_workers(tmp_path / "small") is None
+    campaign(spec(child.DONE), workers=3)
+    assert driver_workers(tmp_path / "small") == 3
 
 
 # --- how attempts end -------------------------------------------------------------------------------------------

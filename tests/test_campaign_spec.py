@@ -18,6 +18,7 @@ VALUES = {
     "learning_rates": ["5e-4", 1e-3],
     "margins": {"heldout_loss": 0.01},
 }
+SAME = {"name": "same", "strategy": "all", "allocation": "uniform"}
 
 
 @pytest.fixture
@@ -83,6 +84,10 @@ def test_a_known_method_may_be_changed_and_any_score_may_meet_any_strategy(load)
         ({"methods": "paper"}, "methods is a str, expected a list"),
         ({"methods": ["paper", "paper"]}, "'paper' is given twice"),
         ({"methods": ["paper", {"name": "half", "strategy": "top_percent", "allocation": "uniform"}]}, "are the same"),
+        ({"methods": [{**SAME, "params_of": "papr"}]}, "unknown params_of 'papr'. Did you mean 'paper'"),
+        ({"methods": [{**SAME, "params_of": "all_matched_params"}]}, "'all_matched_params' has its own from another"),
+        ({"methods": [{**SAME, "params_of": "same"}]}, "'same' has its own from another one"),
+        ({"methods": [{**SAME, "params_of": "adalora"}]}, "'adalora' changes it along the run"),
         ({"seeds": [1, 1]}, "1 is given twice, so its cells would be doubled"),
         ({"learning_rates": [0.001, "1e-3"]}, "given twice"),
         ({"models": ["a/tiny", "b/tiny"]}, "'tiny' is given twice"),
@@ -108,6 +113,18 @@ def test_a_known_method_may_be_changed_and_any_score_may_meet_any_strategy(load)
 def test_what_cannot_be_meant_is_refused_with_the_next_step(load, changed, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         load(**changed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("strategy", "last"), ("allocation", "asymmetric"), ("params_of", "paper")),
+        *(("trainer", "trainer"), ("quantization", "nf4")),
+    ],
+)
+def test_what_is_called_uniform_is_uniform_lora(load, key, value):
+    with pytest.raises(ConfigError, match=f"method 'uniform': got {key}='{value}', expected .*another name"):
+        load(methods=[{"name": "uniform", key: value}])
 
 
 def test_a_file_that_is_not_there_or_no_mapping_is_refused(tmp_path):
@@ -157,14 +174,36 @@ def test_a_grid_of_one_rate_has_nothing_to_search(spec):
     assert {cell.content["kind"] for cell in made} == {"run"} and grid_of(made[0]) == []
 
 
-def test_pefts_other_adapters_have_no_cell_at_equal_time(spec):
-    made = cells(spec(methods=["uniform", "dora"], match=["time"]))
-    assert {cell.content["method"]["name"] for cell in made} == {"uniform"}
+def test_what_no_counting_knows_the_time_of_has_no_cell_at_equal_time(spec):
+    mine = {"name": "mine", "strategy": "last", "trainer": "trainer"}
+    made = cells(spec(methods=["uniform", "dora", "adalora", "uniform_trainer", mine, "last"], match=["steps", "time"]))
+    timed = [cell for cell in made if cell.content.get("match") == "time"]
+    assert {cell.content["method"]["name"] for cell in timed} == {"uniform", "last"}
+
+
+@pytest.mark.parametrize("name", ["dora", "uniform_trainer", "qlora"])
+def test_a_method_that_would_have_no_cell_at_all_is_refused(load, name):
+    with pytest.raises(ConfigError, match=f"method '{name}' would never run.*Add 'steps' to match"):
+        load(methods=["uniform", name], match=["time"])
 
 
 def test_another_seed_leaves_the_cells_that_are_there_alone(spec):
     before, after = cells(spec()), cells(spec(seeds=[0, 1, 2], margins={"heldout_loss": 0.5}))
     assert {cell.folder_name for cell in before} < {cell.folder_name for cell in after}
+
+
+def test_a_matched_method_is_part_of_the_cell_where_it_is_not_as_the_table_has_it(spec):
+    def control(*methods):
+        found = cells(spec(methods=list(methods)))
+        return [cell for cell in found if cell.content["method"]["params_of"] is not None]
+
+    alone, beside = control("all_matched_params"), control("paper", "all_matched_params")
+    assert alone == beside and not any("matched_method" in cell.content for cell in alone)
+    changed = control({"name": "paper", "percent": 25.0}, "all_matched_params")
+    assert [cell.content["matched_method"]["percent"] for cell in changed] == [25.0] * len(alone)
+    assert {cell.content["kind"] for cell in changed} == {"grid", "run"} and not set(alone) & set(changed)
+    mine = {"name": "mine", "strategy": "mass", "score": "fisher"}
+    assert control(mine, {**SAME, "params_of": "mine"})[0].content["matched_method"]["score"] == "fisher"
 
 
 @pytest.mark.parametrize("changed", [{"rank": 8}, {"batch_size": 2}, {"train_rows": 9}, {"heldout_rows": 9}], ids=str)

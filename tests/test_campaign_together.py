@@ -16,7 +16,7 @@ from aletheia_lora.campaign.launcher import check_launcher, launch_command, laun
 from aletheia_lora.campaign.records import CellFolder
 from aletheia_lora.campaign.runner import rows_at_a_time
 from aletheia_lora.campaign.spec import cells, load_campaign, resolved
-from aletheia_lora.campaign.together import run_part
+from aletheia_lora.campaign.together import _measure_first, run_part
 from aletheia_lora.errors import ConfigError
 from test_campaign_cell import VALUES as TRAINING
 from tiny_inputs import save_model, save_rows, word_rows
@@ -85,6 +85,15 @@ def attempt(folder, cell):
     place.make()
     assert run_cell(place.path, print) == 0
     return place
+
+
+def test_the_probe_of_a_matched_method_is_there_before_the_processes_start(spec, tmp_path):
+    mine = {"name": "mine", "strategy": "top_percent", "score": "taylor", "allocation": "uniform"}
+    same = {"name": "same", "strategy": "all", "allocation": "uniform", "params_of": "mine"}
+    place = CellFolder.of(tmp_path, cells(spec(methods=[mine, same], processes=2))[1])
+    place.make()
+    _measure_first(place, print)
+    assert len(list((tmp_path / "shared").glob("probe-*.json"))) == 2
 
 
 @pytest.mark.parametrize("method", ["last", pytest.param("uniform_trainer", marks=pytest.mark.slow)])

@@ -29,7 +29,7 @@ from ..comparison.runs import run_of
 from ..data import Parts, TokenizedRows, split, tokenize
 from ..embedded import split_by_module, standard_library_rows
 from ..environment import environment
-from ..errors import NonFiniteLossError
+from ..errors import NonFiniteLossError, PlanError
 from ..evaluation.adapters import adapter_digest
 from ..files import whole_folder, write_json
 from ..loss import heldout_loss
@@ -41,14 +41,18 @@ from ..processes import on_main, world_size
 from ..rows import load_rows
 from ..runs import EMBEDDED, Say
 from ..scores import EXTRAS
+from ..statistics import parameter_matched
 from ..training.interleave import take_turns
 from .baselines import adapter_of, prepared
 from .evaluated import ADAPTER, evaluated
 from .executors import EXIT_MACHINE, EXIT_MEMORY
 from .methods import METHODS, Method
 from .records import CellFolder, LockedError, chosen_rate, faults, read_json
+from .runner import driver_workers
 from .shared import base_identity, model_of, shared_file
 
+OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""In the plain RuntimeError of torch's allocator on a CPU."""
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENFILE}
 SPLIT_SEED, GRID_SEED = 0, 1_000_000
 """Held-out rows are the same for every seed; the grid is searched under a seed of its own."""
@@ -101,7 +105,8 @@ def _attempted(folder: CellFolder, say: Say) -> int:
 def exit_code(error: BaseException | None) -> int | None:
     """The exit code for an error that is not the program's; None for one that would come again."""
     while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if refused or isinstance(error, MemoryError | torch.OutOfMemoryError) or OUT_OF_MEMORY in str(error):
             return EXIT_MEMORY
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             return EXIT_MACHINE
@@ -237,19 +242,40 @@ class Bench:
             seed=seed + DRAW_SEEDS * draw,
         )
 
-    def plan(self, method: Method, measured: ProbeResult, seed: int, draw: int) -> Plan:
-        """The plan of this method.
+    @property
+    def matched_method(self) -> Method | None:
+        """The method that this cell's is to train as many weights as; None where it has a rank of its own."""
+        name = self.content["method"].get("params_of")
+        if name is None:
+            return None
+        return Method(**(self.content.get("matched_method") or {"name": name, **METHODS[name]}))
+
+    def plan(self, method: Method, measured: ProbeResult, seed: int, draw: int, say: Say) -> Plan:
+        """The plan of this cell's method.
 
         Raises:
-            PlanError: If its budget or its ranks cannot be met on this model.
+            PlanError: If its budget or its ranks cannot be met on this model, or no rank trains as many weights as the
+                method that it is matched with.
         """
-        options = self.options(method, seed, draw)
-        model = self.model if method.score == "weight_snr" else None  # the one score that looks at weights
-        if method.params_of is not None:
-            other = Method(name=method.params_of, **METHODS[method.params_of])
-            wanted = self.plan(other, measured, seed, draw).trainable_params
-            one = plan_from_probe(self.found, measured, replace(options, rank=1), model=model).trainable_params
-            options = replace(options, rank=max(wanted // one, 1))
+        other, own = self.matched_method, self.options(method, seed, draw)
+        if other is None:
+            return self._planned(own, measured)
+        theirs = self._planned(self.options(other, seed, draw), self.probe(other, seed, say))
+        wanted = theirs.trainable_params
+        one = self._planned(replace(own, rank=1), measured).trainable_params
+        made = self._planned(replace(own, rank=max(round(wanted / one), 1)), measured)
+        try:
+            parameter_matched(0.0, wanted, 0.0, made.trainable_params)
+        except ValueError as error:
+            raise PlanError(
+                f"{method.name} is to train as many weights as {other.name}, {wanted:,} within 2 %, and the nearest "
+                f"rank, {made.options.rank}, trains {made.trainable_params:,}. Raise the campaign's rank, which makes "
+                "one rank a smaller part, or give one of the two other layers."
+            ) from error
+        return made
+
+    def _planned(self, options: PlanOptions, measured: ProbeResult) -> Plan:
+        model = self.model if options.score == "weight_snr" else None  # the one score that looks at weights
         return plan_from_probe(self.found, measured, options, model=model)
 
     def steps_in_equal_time(self, plan: Plan, measured: ProbeResult, steps: int) -> int:
@@ -379,7 +405,7 @@ def _trained(
     content = bench.content
     method = Method(**content["method"])
     measured = bench.probe(method, seed, say)
-    plan = bench.plan(method, measured, seed, draw)
+    plan = bench.plan(method, measured, seed, draw, say)
     if match == "time":
         steps = bench.steps_in_equal_time(plan, measured, steps)
     cached = bool(content["prefix_cache"] and method.trainer == "aletheia" and plan.selection.lowest > 0)
@@ -429,7 +455,7 @@ def _measured(bench: Bench, arm: Arm, adapted: Any) -> dict[str, Any]:
     """What came of a run, and whether it was what was planned."""
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     still = [name for name, value in adapted.named_parameters() if "lora_B" in name and not bool(value.detach().any())]
-    lowest = arm.plan.selection.lowest
+    lowest, workers = arm.plan.selection.lowest, driver_workers(bench.shared.parent)
     return {
         "rows_digest": bench.rows_digest,
         "fingerprint": bench.found.fingerprint,
@@ -453,5 +479,5 @@ def _measured(bench: Bench, arm: Arm, adapted: Any) -> dict[str, Any]:
             "adapters_moved": not still,
             "backward_depth": arm.trainer != "aletheia" or arm.lowest_backward_layer == lowest,
         },
-        "environment": environment(),
+        "environment": {**environment(), **({} if workers is None else {"workers": str(workers)})},
     }

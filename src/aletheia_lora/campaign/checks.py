@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, nearest
-from .methods import METHODS, Method
+from .methods import METHODS, Method, has_counted_time
 from .pack import CHOICES
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def check_campaign(campaign: Campaign) -> None:
     """
     _check_nothing_twice(campaign)
     _check_words(campaign.methods)
+    _check_uniform(campaign.methods)
+    _check_match(campaign)
     _check_evaluation(campaign)
     _check_processes(campaign)
 
@@ -62,7 +64,7 @@ def _check_words(methods: Sequence[Method]) -> None:
         "score": SCORES,
         "strategy": STRATEGIES,
         "allocation": ALLOCATIONS,
-        "params_of": METHODS,
+        "params_of": _matchable(methods),
     }
     for method in methods:
         for key, table in tables.items():
@@ -75,6 +77,7 @@ def _check_words(methods: Sequence[Method]) -> None:
             raise ConfigError(f"method {method.name!r}: {method.adapter} runs under trainer: trainer, at the one rank.")
         if method.params_of is not None and method.allocation != "uniform":
             raise ConfigError(f"method {method.name!r}: params_of finds one rank, so its allocation is uniform.")
+        _check_matched(method, methods)
         if method.quantization != "none" and method.score in READ_WEIGHTS:
             raise ConfigError(
                 f"method {method.name!r}: the score {method.score!r} reads weights, which quantization="
@@ -84,6 +87,48 @@ def _check_words(methods: Sequence[Method]) -> None:
             raise ConfigError(
                 f"method {method.name!r}: PEFT's DoRA loses the scales of int8 weights. Take nf4 or fp4, or LoRA."
             )
+
+
+def _matchable(methods: Sequence[Method]) -> dict[str, Method]:
+    """The methods that ``params_of`` may name: those of the campaign come before those of the table."""
+    known = {name: Method(name=name, **given) for name, given in METHODS.items()}
+    return known | {method.name: method for method in methods}
+
+
+def _check_matched(method: Method, methods: Sequence[Method]) -> None:
+    """What is matched in its number of weights has one of its own."""
+    if method.params_of is None:
+        return
+    other = _matchable(methods)[method.params_of]
+    if other.params_of is not None or other.adapter == "adalora":
+        why = "has its own from another one" if other.params_of is not None else "changes it along the run"
+        raise ConfigError(
+            f"method {method.name!r}: params_of={other.name!r}, expected a method whose ranks give its number of "
+            f"weights; {other.name!r} {why}. Name another one."
+        )
+
+
+def _check_uniform(methods: Sequence[Method]) -> None:
+    """What every report calls uniform LoRA is that."""
+    wanted = Method(name="uniform", **METHODS["uniform"])
+    given = next((method for method in methods if method.name == wanted.name), wanted)
+    for key in ("strategy", "allocation", "params_of", "trainer", "adapter", "quantization"):
+        value, meant = getattr(given, key), getattr(wanted, key)
+        if value != meant:
+            raise ConfigError(
+                f"method 'uniform': got {key}={value!r}, expected {meant!r}: by this name reports mean uniform LoRA, "
+                "which all others are compared with. Give this one another name, and a strategy of its own."
+            )
+
+
+def _check_match(campaign: Campaign) -> None:
+    """Every method has a cell."""
+    uncounted = [method.name for method in campaign.methods if not has_counted_time(method.model_dump())]
+    if uncounted and "steps" not in campaign.match:
+        raise ConfigError(
+            f"method {uncounted[0]!r} would never run: match is only 'time', and counting knows the time of LoRA on "
+            "plain weights under our trainer alone. Add 'steps' to match, or leave the method out."
+        )
 
 
 def _check_evaluation(campaign: Campaign) -> None:

@@ -43,6 +43,8 @@ class _Ground:
     found: ModelAnatomy
     cost: CostModel
     mean_length: float
+    dtype: torch.dtype
+    """That products are in, and hidden states kept in."""
 
     def seconds(self, cell: Cell) -> float:
         """Training and evaluation; starting the process and loading the model are not in it."""
@@ -83,17 +85,20 @@ class _Ground:
         if not content["prefix_cache"]:
             return own
         rows = content["train_rows"] or content["task"]["max_rows"] or 0
-        return own + float(rows * self.mean_length * self.found.hidden_size * 4)
+        return own + float(rows * self.mean_length * self.found.hidden_size * self.dtype.itemsize)
 
 
 def forecast(spec: Mapping[str, Any], say: Say) -> dict[str, Any]:
-    """Every cell with its predicted seconds and bytes; None, with the reason, where a model or task cannot be read."""
+    """Every cell with its predicted seconds and bytes; None, with the reason, where that cannot be known.
+
+    So it is with a model or task that cannot be read, and with a method that cannot be planned on a model.
+    """
     grounds: dict[tuple[str, str], _Ground | str] = {}
     for model in spec["models"]:
         for task in spec["tasks"]:
             try:
                 grounds[model["name"], task["name"]] = _ground(model, task, spec, say)
-            except (AletheiaError, ValueError) as error:
+            except (AletheiaError, ValueError, OSError) as error:
                 grounds[model["name"], task["name"]] = " ".join(str(error).split())
     entries = [_entry(cell, grounds[cell.group[:2]]) for cell in cells(spec)]
     per_module = PROBE_BYTES + PROBE_BATCH_BYTES * spec["probe_batches"]
@@ -110,14 +115,17 @@ def forecast(spec: Mapping[str, Any], say: Say) -> dict[str, Any]:
 
 
 def _entry(cell: Cell, ground: _Ground | str) -> dict[str, Any]:
-    if cell.content["kind"] == "evaluation" and not isinstance(ground, str):
-        ground = "an answer is as long as the model makes it"
-    return {
-        "cell": cell.folder_name,
-        "seconds": ground.seconds(cell) if isinstance(ground, _Ground) else None,
-        "bytes": ground.num_bytes(cell) if isinstance(ground, _Ground) else None,
-        "reason": ground if isinstance(ground, str) else None,
-    }
+    known: dict[str, Any] = {"seconds": None, "bytes": None, "reason": None}
+    if isinstance(ground, str):
+        known["reason"] = ground
+    elif cell.content["kind"] == "evaluation":
+        known["reason"] = "an answer is as long as the model makes it"
+    else:
+        try:
+            known |= {"seconds": ground.seconds(cell), "bytes": ground.num_bytes(cell)}
+        except (AletheiaError, ValueError) as error:
+            known["reason"] = " ".join(str(error).split())
+    return {"cell": cell.folder_name, **known}
 
 
 def _ground(model: Mapping[str, Any], task: Mapping[str, Any], spec: Mapping[str, Any], say: Say) -> _Ground:
@@ -143,7 +151,9 @@ def _ground(model: Mapping[str, Any], task: Mapping[str, Any], spec: Mapping[str
     )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if model["device"] == "auto" else model["device"]
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return _Ground(found, cost_model(found, shape).in_seconds(measured_rate(device, dtype)), length)
+    if model["dtype"] != "auto":
+        dtype = getattr(torch, model["dtype"])
+    return _Ground(found, cost_model(found, shape).in_seconds(measured_rate(device, dtype)), length, dtype)
 
 
 def forecast_text(record: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ layers and weights as ``paper``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,7 +52,7 @@ class Method(BaseModel):
     time_budget: float = Field(0.7, gt=0, le=1, description="Step time as a share of uniform LoRA's, for 'budget'.")
     allocation: str = Field("matched", description="What gives the ranks: a key of ALLOCATIONS.")
     params_of: str | None = Field(
-        None, description="A key of METHODS: take the largest rank that trains no more weights than it."
+        None, description="Take the rank that trains as many weights as this method of the campaign, or of METHODS."
     )
     trainer: Literal["aletheia", "trainer"] = Field("aletheia", description="Ours, or transformers' Trainer.")
     adapter: Literal["lora", "dora", "adalora"] = Field("lora", description="Kind of adapter.")
@@ -64,3 +65,14 @@ class Method(BaseModel):
     def needs_probe(self) -> bool:
         """True where layers or ranks follow from a measurement on the data, which is then a part of its cost."""
         return self.strategy in SCORED or self.allocation == "proportional"
+
+
+def is_packed(method: Mapping[str, Any]) -> bool:
+    """True where the method's base model is quantized."""
+    return bool(method.get("quantization", "none") != "none")
+
+
+def has_counted_time(method: Mapping[str, Any]) -> bool:
+    """True where counting gives the time of a step: LoRA on plain weights under our trainer."""
+    ours = method.get("trainer", "aletheia") == "aletheia"
+    return bool(ours and method["adapter"] == "lora" and not is_packed(method))

@@ -47,8 +47,8 @@ class Budget:
 
 
 @contextlib.contextmanager
-def driver_lock(folder: Path) -> Iterator[None]:
-    """Be the one driver of this campaign.
+def driver_lock(folder: Path, workers: int | None = None) -> Iterator[None]:
+    """Be the one driver of this campaign; the file says who that is, and how many cells it runs at a time.
 
     Raises:
         LockedError: If there is another one; says which.
@@ -56,7 +56,7 @@ def driver_lock(folder: Path) -> Iterator[None]:
     check_writable(folder)
     try:
         with locked(folder / "driver.lock") as handle:
-            about = {"pid": os.getpid(), "host": platform.node(), "since": now()}
+            about = {"pid": os.getpid(), "host": platform.node(), "since": now(), "workers": workers}
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(about).encode(), 0)
             yield
@@ -73,6 +73,14 @@ def driver_of(folder: Path) -> str:
         return f"process {about['pid']} on {about['host']} since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
+
+
+def driver_workers(folder: Path) -> int | None:
+    """How many cells the last driver ran at a time; None where nothing tells."""
+    try:
+        return int(json.loads((folder / "driver.lock").read_text())["workers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def driver_host(folder: Path) -> str:
@@ -287,7 +295,7 @@ def run_campaign(
     if workers < 1:
         raise ConfigError(f"workers={workers}, expected at least 1.")
     read_pinned(folder)  # says what is wrong with the folder before anything is written into it
-    with driver_lock(folder), signals_interrupt():
+    with driver_lock(folder, workers), signals_interrupt():
         pin(spec, folder, accept_change=accept_change)
         wanted = cells(spec)
         driver = Driver(folder, base, executor, workers, budget or Budget(), say)

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..run_config import configuration
 from ..runs import Say, load_model
-from .methods import Method
+from .methods import Method, is_packed
 from .records import locked
-from .spec import canonical, is_packed
+from .spec import canonical
 
 
 def model_of(content: Mapping[str, Any], say: Say) -> tuple[Any, Any]:

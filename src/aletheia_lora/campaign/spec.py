@@ -24,7 +24,7 @@ from ..errors import ConfigError, nearest
 from ..run_config import read_yaml
 from .checks import check_campaign
 from .launcher import check_launcher
-from .methods import METHODS, Method
+from .methods import METHODS, Method, has_counted_time, is_packed
 from .pack import CHOICES, Evaluation, resolved_pack
 
 FORMAT = "aletheia-campaign/1"
@@ -376,8 +376,8 @@ def cells(spec: Mapping[str, Any]) -> list[Cell]:
     """The cells of a resolved spec, in the order they run: the runs seed after seed, and a task's grids before them.
 
     The methods of a seed run one after the other: what is compared meets the same hour of the machine, and a campaign
-    that is cut short has whole seeds. Evaluations come last. PEFT's other adapters and packed base models have no
-    predicted time, so they have no cell at equal time.
+    that is cut short has whole seeds. Evaluations come last. PEFT's other adapters, transformers' Trainer and packed
+    base models have no predicted time, so they have no cell at equal time.
     """
     runs = list(_runs(spec))
     grids: dict[tuple[str, str], list[Cell]] = {}
@@ -396,7 +396,7 @@ def _runs(spec: Mapping[str, Any]) -> Iterator[Cell]:
     for match, model, task in places:
         for seed in spec["seeds"]:
             for method in spec["methods"]:
-                if match != "steps" and (method["adapter"] != "lora" or is_packed(method)):
+                if match != "steps" and not has_counted_time(method):
                     continue
                 versions = spec["packed_versions"] if is_packed(method) else {}
                 for draw in range(method["draws"]):
@@ -408,7 +408,8 @@ def _runs(spec: Mapping[str, Any]) -> Iterator[Cell]:
                             "versions": {**spec["versions"], **versions},
                             "model": model,
                             "task": task,
-                            "method": {key: value for key, value in method.items() if key != "draws"},
+                            "method": _without_draws(method),
+                            **_matched_method(method, spec["methods"]),
                             "match": match,
                             "seed": seed,
                             "draw": draw,
@@ -416,14 +417,22 @@ def _runs(spec: Mapping[str, Any]) -> Iterator[Cell]:
                     )
 
 
-def is_packed(method: Mapping[str, Any]) -> bool:
-    """True where the method's base model is quantized."""
-    return bool(method.get("quantization", "none") != "none")
+def _without_draws(method: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in method.items() if key != "draws"}
+
+
+def _matched_method(method: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry that ``params_of`` names, as a part of the content; nothing where METHODS has the same."""
+    name = method.get("params_of")
+    given = next((_without_draws(entry) for entry in methods if entry["name"] == name), None)
+    if given is None or (name in METHODS and Method(**given) == Method(name=name, **METHODS[name])):
+        return {}
+    return {"matched_method": given}
 
 
 def grid_of(run: Cell) -> list[Cell]:
     """The cells whose outcome gives a run its learning rate; none where only one rate is allowed."""
-    keys = (*SHARED, *LATER, "model", "task", "method")
+    keys = (*SHARED, *LATER, "model", "task", "method", "matched_method")
     shared = {key: run.content[key] for key in keys if key in run.content}
     shared["steps"] = run.content["grid_steps"]
     rates = run.content["learning_rates"]

@@ -38,7 +38,8 @@ def speeds(spec: Mapping[str, Any], found: Sequence[Outcome], families: Mapping[
     """How many times faster than uniform LoRA at equal steps, the probe paid; over all, by model and by family.
 
     The logarithms of training seconds are compared pair by pair, the draws of a random method averaged first. Runs on
-    other devices or with another number of threads are no pair.
+    other devices, with another number of threads, of cells at a time or of micro-batches are no pair, and none is with
+    a run that replayed what another cell had put into the prefix cache.
 
     Args:
         spec: The resolved spec.
@@ -51,7 +52,7 @@ def speeds(spec: Mapping[str, Any], found: Sequence[Outcome], families: Mapping[
         own = side(found, method, "steps")
         if not own or not uniform:
             continue
-        pairs = matched(uniform, own, _log_seconds, unlike=_other_machine)
+        pairs = matched(uniform, own, _log_seconds, unlike=_other_clock)
         for scope, name, models in _scopes(own, families):
             part = pairs.of_models(models)
             planned = [key for key in own if key[0] in models]
@@ -116,9 +117,23 @@ def _log_seconds(one: Outcome) -> float | None:
     return math.log(seconds) if seconds else None
 
 
-def _other_machine(one: Outcome, two: Outcome) -> str | None:
-    machines = [[(run.result.get("environment") or {}).get(key) for key in SAME_MACHINE] for run in (one, two)]
-    return "measured on another device" if machines[0] != machines[1] else None
+def _other_clock(one: Outcome, two: Outcome) -> str | None:
+    """Why the seconds of two runs are no pair; what an older record does not say counts as alike."""
+    first, second = ((run.result.get("environment") or {}) for run in (one, two))
+    if any(first.get(key) != second.get(key) for key in SAME_MACHINE):
+        return "measured on another device"
+    if len({found["workers"] for found in (first, second) if "workers" in found}) > 1:
+        return "measured with another number of cells at a time"
+    if one.result.get("micro_batches", 1) != two.result.get("micro_batches", 1):
+        return "steps cut into other micro-batches"
+    filled = next((run.method for run in (one, two) if _found_filled(run)), None)
+    return None if filled is None else f"{filled} found its prefix cache filled"
+
+
+def _found_filled(run: Outcome) -> bool:
+    """True where a run replayed from a cache that held rows before it: another cell paid for them."""
+    cache = run.result.get("prefix_cache") or {}
+    return bool(cache.get("hits") and cache["bytes_held"] > cache["bytes_written"])
 
 
 def _ratio(pairs: Pairs, label: str) -> Row:

@@ -68,7 +68,8 @@ def _measure_first(folder: CellFolder, say: Say) -> None:
     bench = bench_of(folder, say)
     if content["kind"] == "run":
         bench.base(say)
-    bench.probe(method_of(content), GRID_SEED if content["kind"] == "grid" else content["seed"], say)
+    for method in filter(None, (method_of(content), bench.matched_method)):
+        bench.probe(method, GRID_SEED if content["kind"] == "grid" else content["seed"], say)
     del bench
     gc.collect()
     if torch.cuda.is_available():
