@@ -351,7 +351,7 @@ def test_every_control_can_be_an_arm(made, control):
     arm = planned_arms(made, replace(OPTIONS, controls=(control,)))[-1]
     assert (arm.name, arm.role, len(arm.plan.selection.layers)) == (control, "control", 2)
     assert {entry.layer_idx for entry in arm.plan.ranks} == set(arm.plan.selection.layers)
-    assert (arm.probe_seconds > 0) is (control == "top_percent")  # the only one that needs the probe
+    assert (arm.probe_seconds > 0) is (control in ("top_percent", "bottom"))  # these need the probe
 
 
 def test_uniform_adapts_every_layer_with_the_plain_rank_and_the_plans_targets(parts):

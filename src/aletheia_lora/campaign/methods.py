@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..selection import SCORED
+
 HALF = {"percent": 50.0, "allocation": "uniform"}
 METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"strategy": "all", "allocation": "uniform"},
@@ -33,9 +35,6 @@ METHODS: dict[str, dict[str, Any]] = {
 """``uniform`` runs through our trainer and ``uniform_trainer`` as plain PEFT under transformers' Trainer; DoRA
 (arXiv 2402.09353) and AdaLoRA (arXiv 2303.10512) are PEFT's, on every layer, under transformers' Trainer; QLoRA
 (arXiv 2305.14314) is ``uniform`` over a base model in 4-bit NormalFloat."""
-
-SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread")
-"""Strategies that read scores."""
 
 
 class Method(BaseModel):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from .methods import SCORED
+from ..selection import SCORED
 from .outcomes import Outcome
 
 UNIFORM = "uniform"

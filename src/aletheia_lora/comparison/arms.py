@@ -17,7 +17,7 @@ import numpy as np
 from ..allocation import ModuleRank, allocate
 from ..errors import ConfigError, nearest
 from ..planning import Plan, allocation_options
-from ..selection import STRATEGIES, LayerSelection, SelectionOptions
+from ..selection import SCORED, STRATEGIES, LayerSelection, SelectionOptions
 
 MOST_STEPS_PER_UNIFORM_STEP = 50
 CONTROLS = ("random", "bottom", "middle", "first", "last", "stride", "top_percent")
@@ -178,7 +178,7 @@ def planned_arms(plan: Plan, options: CompareOptions) -> list[Arm]:
     for control in options.controls:
         layers = STRATEGIES[control](plan.scores, SelectionOptions(num_layers=count, seed=options.seed))
         other = with_layers(plan, control, layers, plan.options.allocation)
-        cost = probe_seconds if control == "top_percent" else 0.0
+        cost = probe_seconds if control in SCORED else 0.0
         arms.append(
             Arm(control, f"{count} layers, {control}", "control", "aletheia", other, rate, options.steps, True, cost)
         )
