@@ -11,7 +11,8 @@ import pytest
 import campaign_child as child
 from aletheia_lora.campaign.commands import shown_live
 from aletheia_lora.campaign.executors import local_executor
-from aletheia_lora.campaign.records import CellFolder, LockedError, chosen_rate
+from aletheia_lora.campaign.outcomes import outcomes
+from aletheia_lora.campaign.records import CellFolder, LockedError, chosen_rate, trained_run
 from aletheia_lora.campaign.report import csv_text, tables, write_report
 from aletheia_lora.campaign.runner import Budget, driver_lock, run_campaign
 from aletheia_lora.campaign.spec import cells
@@ -246,6 +247,65 @@ def test_a_grid_that_was_opened_again_is_waited_for_and_its_runs_are_in_no_mean(
     assert tables(tmp_path / "small")["methods"][0]["n"] == 1
     high.retry()
     assert tables(tmp_path / "small")["methods"][0]["gaps"] == "1 invalid"
+
+
+def at_once(losses):
+    """An executor whose cells end as they start: of the grid with these validation losses, or badly without one."""
+
+    class Ended:
+        def __init__(self, path, _base):
+            place = CellFolder.open(path)
+            content = place.cell.content
+            with place.lock():
+                place.append("attempt_started", pid=1)
+                if content["kind"] == "evaluation":
+                    digest = trained_run(place)["result"]["adapter_digest"]
+                    place.finish("done", evaluation={}, adapter_digest=digest)
+                elif content["kind"] == "run":
+                    rate, grid = chosen_rate(place)
+                    facts = {"learning_rate": rate, "grid": grid, "adapter_digest": f"trained at {rate}"}
+                    place.finish("done", **facts, heldout_loss=2.0, layers=[0])
+                elif content["learning_rate"] in losses:
+                    place.finish("done", validation_loss=losses[content["learning_rate"]])
+                else:
+                    place.finish("failed", "gave up")
+
+        def poll(self):
+            return 0
+
+        def stop(self):
+            pass
+
+    return Ended
+
+
+@pytest.mark.parametrize(("loss", "rate", "attempts"), [(4.0, 1e-3, 1), (2.0, 1e-2, 2)], ids=["worse", "better"])
+def test_a_rate_that_ends_well_later_runs_again_only_what_it_overtook(campaign, tmp_path, loss, rate, attempts):
+    made = spec(0, 1, learning_rates=[1e-3, 1e-2], evaluation={"tasks": ["quiz"]})
+    _, high, *later = campaign(made, executor=at_once({1e-3: 3.0}))
+    assert high.state()[0] == "failed"
+    campaign(made, executor=at_once({1e-3: 3.0, 1e-2: loss}), retry_failed=True)
+    assert [one.state for one in outcomes(tmp_path / "small", made)] == ["done"] * 6
+    assert [place.record()["result"].get("learning_rate") for place in later] == [rate, rate, None, None]
+    assert {place.record()["result"]["adapter_digest"] for place in later} == {f"trained at {rate}"}
+    assert [place.record()["attempts"] for place in later] == [attempts] * 4
+    assert [(place.path / "record-before-retry-1.json").exists() for place in later] == [attempts > 1] * 4
+
+
+def test_a_run_that_was_overtaken_is_invalid_and_says_what_mends_it(campaign, tmp_path):
+    made = spec(0, learning_rates=[1e-3, 1e-2], evaluation={"tasks": ["quiz"]})
+    _, high, *later = campaign(made, executor=at_once({1e-3: 3.0}))
+    high.retry()
+    campaign(made, executor=at_once({1e-2: 2.0}))
+    found = outcomes(tmp_path / "small", made)[2:]
+    assert [(one.state, one.overtaken) for one in found] == [("invalid", True)] * 2
+    assert found[0].reason == (
+        "its grid of learning rates gives another rate now: run the campaign with --retry-failed"
+    )
+    campaign(made, executor=at_once({}), retry_failed=True)  # the grid is whole: nothing of it runs again
+    assert [one.state for one in outcomes(tmp_path / "small", made)] == ["done"] * 4
+    retried = [event["data"]["reason"] for event in later[0].events() if event["kind"] == "retried"]
+    assert retried == [found[0].reason]
 
 
 def test_a_run_whose_whole_grid_failed_fails_with_its_reason_and_starts_nothing(campaign, tmp_path):

@@ -220,14 +220,23 @@ class CellFolder:
         write_json(self.path / "record.json", {**record, "sha256": digest})
         self.append("finished", state=state, reason=reason)
 
-    def retry(self) -> None:
-        """Let a cell that ended badly run again; its record is kept beside, and its budgets start anew."""
+    def retry(self, overtaken: str | None = None) -> bool:
+        """Let a cell that ended badly run again; its record is kept beside, and its budgets start anew.
+
+        Args:
+            overtaken: Why one that ended well has to, too.
+
+        Returns:
+            True if it will run again.
+        """
         with self.lock():
             record = self.record()
-            if record is not None and record["state"] != "done":
-                self.append("retried", state=record["state"], reason=record["reason"])
-                retries = sum(event["kind"] == "retried" for event in self.events())
-                os.replace(self.path / "record.json", self.path / f"record-before-retry-{retries}.json")
+            if record is None or (record["state"] == "done" and overtaken is None):
+                return False
+            self.append("retried", state=record["state"], reason=overtaken or record["reason"])
+            retries = sum(event["kind"] == "retried" for event in self.events())
+            os.replace(self.path / "record.json", self.path / f"record-before-retry-{retries}.json")
+            return True
 
     def state(self) -> tuple[str, str | None]:
         """The state, and why it is that.

@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import AletheiaError, ConfigError, OutputError
 from ..files import check_writable, write_json
 from .executors import EXIT_MACHINE, EXIT_MEMORY, Executor, Job
+from .outcomes import outcomes
 from .records import CellFolder, LockedError, chosen_rate, faults, locked, now, read_pinned, trained_run
 from .spec import Cell, cells, changes, grid_of, run_behind
 
@@ -144,6 +145,13 @@ class Driver:
             for cell in self.jobs:
                 with contextlib.suppress(AletheiaError):  # the next driver notes it
                     self._note_what_was_cut_off(self.place(cell))
+
+    def reopen(self, spec: Mapping[str, Any], *, failed: bool) -> bool:
+        """Let what was overtaken run again, and if asked what ended badly; True if there is any of it."""
+        pairs = zip(cells(spec), outcomes(self.folder, spec), strict=True)
+        asked = [(cell, one) for cell, one in pairs if one.overtaken or (failed and one.attempts is not None)]
+        reopened = [self.place(cell).retry(one.reason if one.overtaken else None) for cell, one in asked]
+        return any(reopened)
 
     def place(self, cell: Cell) -> CellFolder:
         """The cell's folder."""
@@ -275,7 +283,8 @@ def run_campaign(
         workers: Cells at a time.
         budget: How often a cell is tried again.
         accept_change: Go on with a spec that is not the one the folder was started with.
-        retry_failed: First reopen the cells that ended badly.
+        retry_failed: First reopen the cells that ended badly; then the runs that trained at another rate than their
+            grid gives now, and their evaluations.
         say: Called with a line when there is news.
 
     Raises:
@@ -292,10 +301,10 @@ def run_campaign(
         wanted = cells(spec)
         driver = Driver(folder, base, executor, workers, budget or Budget(), say)
         if retry_failed:
-            for cell in wanted:
-                if driver.place(cell).path.exists():
-                    driver.place(cell).retry()
+            driver.reopen(spec, failed=True)
         driver.run(wanted)
+        if retry_failed and driver.reopen(spec, failed=False):  # the grid may give another rate only now
+            driver.run(wanted)
 
 
 @contextlib.contextmanager
