@@ -308,6 +308,20 @@ def test_a_run_that_was_overtaken_is_invalid_and_says_what_mends_it(campaign, tm
     assert retried == [found[0].reason]
 
 
+def test_an_evaluation_of_another_adapter_than_its_run_has_is_invalid_until_it_is_asked_again(campaign, tmp_path):
+    made = spec(0, evaluation={"tasks": ["quiz"]})
+    run, asked = campaign(made, executor=at_once({}))
+    values = {**run.record()["result"], "adapter_digest": "another"}
+    (run.path / "record.json").unlink()
+    run.finish("done", **values)
+    trained, found = outcomes(tmp_path / "small", made)
+    assert (trained.state, found.state) == ("done", "invalid")
+    assert found.reason == "it asked another adapter than its run has now: run the campaign with --retry-failed"
+    campaign(made, executor=at_once({}), retry_failed=True)
+    assert [one.state for one in outcomes(tmp_path / "small", made)] == ["done"] * 2
+    assert (run.record()["result"], asked.record()["result"]["adapter_digest"]) == (values, "another")
+
+
 def test_a_run_whose_whole_grid_failed_fails_with_its_reason_and_starts_nothing(campaign, tmp_path):
     made = spec(child.DONE, learning_rates=[1e-3, 1e-2])
     low, high, run = places(made, tmp_path / "small")

@@ -13,6 +13,7 @@ from .spec import cells
 
 OTHER_RATE = "its grid of learning rates gives another rate now"
 NO_RATE = "its grid of learning rates gives no rate now"
+OTHER_ADAPTER = "it asked another adapter than its run has now"
 AGAIN = "run the campaign with --retry-failed"
 WHOSE = ("model", "task", "method", "match", "seed", "draw")
 """What names a run, and the evaluation of it."""
@@ -108,8 +109,11 @@ def _overtaken(one: Outcome, why: str) -> Outcome:
 
 def _of_a_good_run(one: Outcome, runs: Mapping[tuple[Any, ...], Outcome]) -> Outcome:
     run = runs.get(one.whose)
-    if not one.done or (run is not None and run.done):
+    if not one.done:
         return one
-    if run is not None and run.overtaken:
+    if run is None or not (run.done or run.overtaken):
+        return replace(one, state="invalid", reason=f"its run is {'missing' if run is None else run.state}")
+    if run.overtaken:
         return _overtaken(one, "its run was overtaken")
-    return replace(one, state="invalid", reason=f"its run is {'missing' if run is None else run.state}")
+    asked, trained = (cell.result.get("adapter_digest") for cell in (one, run))
+    return one if asked == trained else _overtaken(one, OTHER_ADAPTER)
