@@ -12,13 +12,14 @@ import campaign_child as child
 from aletheia_lora.campaign.commands import shown_live
 from aletheia_lora.campaign.executors import local_executor
 from aletheia_lora.campaign.outcomes import outcomes
-from aletheia_lora.campaign.records import CellFolder, LockedError, chosen_rate, trained_run
-from aletheia_lora.campaign.report import csv_text, tables, write_report
-from aletheia_lora.campaign.runner import Budget, driver_lock, run_campaign
+from aletheia_lora.campaign.records import CellFolder, LockedError, accepted_changes, chosen_rate, trained_run
+from aletheia_lora.campaign.report import campaign_record, csv_text, report_text, shown, tables, write_report
+from aletheia_lora.campaign.runner import Budget, driver_lock, pin, run_campaign
 from aletheia_lora.campaign.spec import cells
 from aletheia_lora.campaign.status import status, status_text
 from aletheia_lora.errors import AletheiaError, ConfigError, OutputError
 from aletheia_lora.files import write_json
+from aletheia_lora.report.campaign_page import render_campaign
 from campaign_results import SETTINGS
 
 BUDGET = Budget(machine_faults=3, first_pause=0.0)
@@ -189,6 +190,41 @@ def test_a_changed_spec_is_refused_with_its_diff_and_then_keeps_what_is_the_same
     first, _ = campaign(changed, accept_change=True)
     assert first.record()["attempts"] == 1
     campaign(changed)
+
+
+def test_an_accepted_change_is_kept_and_a_margin_that_moved_is_not_called_fixed(campaign, tmp_path):
+    folder, margins = tmp_path / "small", {"heldout_loss": 0.01, "other_loss": 0.02}
+    campaign(spec(0, margins=margins), executor=at_once({}))
+    assert accepted_changes(folder) == [] and "was changed" not in report_text(folder)
+    assert "Margins, fixed beforehand: heldout_loss 0.01 nats, other_loss 0.02 nats." in report_text(folder)
+    made = spec(0, 1, margins={**margins, "heldout_loss": 0.5})
+    campaign(made, executor=at_once({}), accept_change=True)
+    campaign(made, executor=at_once({}), accept_change=True)  # the same again is no change
+    (change,) = accepted_changes(folder)
+    assert (change["num_cells"], change["at"][:2]) == (1, "20")
+    assert change["changes"] == ["seeds: [0] -> [0, 1]", "margins.heldout_loss: 0.01 -> 0.5"]
+    text, record = report_text(folder), campaign_record(folder)
+    assert "Margins, fixed beforehand: other_loss 0.02 nats.\n" in text
+    assert "Margins, changed after cells had run: heldout_loss 0.5 nats.\n" in text
+    assert "The spec was changed; cells that had run by then: 1. seeds: " in text and change["at"][:10] not in text
+    page = render_campaign(record, {}, {name: shown(name, rows) for name, rows in record["tables"].items()})
+    assert "fixed before the first run: other loss 0.02." in page
+    assert "changed after cells had run: heldout loss 0.5." in page
+    assert f"The spec was changed on {change['at'][:10]}; cells that had run by then: 1. seeds: " in page
+
+
+def test_a_margin_that_changed_before_any_cell_had_a_record_was_fixed_beforehand(tmp_path):
+    pin(spec(0), tmp_path, accept_change=False)
+    pin(spec(0, margins={"heldout_loss": 0.5}), tmp_path, accept_change=True)
+    record = campaign_record(tmp_path)
+    assert (record["accepted_changes"][0]["num_cells"], record["changed_margins"]) == (0, [])
+    place = places(spec(0), tmp_path)[0]
+    place.make()
+    place.finish("failed", "gave up")
+    place.retry()
+    pin(spec(0, margins={"heldout_loss": 0.6}), tmp_path, accept_change=True)
+    record = campaign_record(tmp_path)
+    assert (record["accepted_changes"][1]["num_cells"], record["changed_margins"]) == (1, ["heldout_loss"])
 
 
 def test_the_folder_of_another_campaign_or_of_something_else_is_refused(campaign, tmp_path):

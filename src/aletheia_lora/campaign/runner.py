@@ -24,7 +24,7 @@ from ..errors import AletheiaError, ConfigError, OutputError
 from ..files import check_writable, write_json
 from .executors import EXIT_MACHINE, EXIT_MEMORY, Executor, Job
 from .outcomes import outcomes
-from .records import CellFolder, LockedError, chosen_rate, faults, locked, now, read_pinned, trained_run
+from .records import CellFolder, LockedError, chosen_rate, faults, keep_accepted, locked, now, read_pinned, trained_run
 from .spec import Cell, cells, changes, grid_of, run_behind
 
 MACHINE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -85,7 +85,7 @@ def driver_host(folder: Path) -> str:
 
 
 def pin(spec: Mapping[str, Any], folder: Path, *, accept_change: bool) -> None:
-    """Keep the resolved spec, or compare it with the one that is kept.
+    """Keep the resolved spec, or compare it with the one that is kept; what is accepted stays on record.
 
     Raises:
         ConfigError: If the folder is another campaign's, or the spec changed and that was not accepted.
@@ -100,6 +100,8 @@ def pin(spec: Mapping[str, Any], folder: Path, *, accept_change: bool) -> None:
             f"the spec is not the one that {str(folder)!r} was started with: {'; '.join(changed)}. Put it back, choose "
             "another --output, or give --accept-change: cells whose content changed then run anew."
         )
+    if changed:
+        keep_accepted(folder, changed)
     if kept is None or changed:
         write_json(folder / "campaign.json", spec)
 
