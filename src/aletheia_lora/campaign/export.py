@@ -1,11 +1,12 @@
 """A campaign's folder -> a bundle of evidence that can be handed on: tables, a summary, figures, and what they mean.
 
 Made from the records alone. What goes in is named here, column by column and key by key; whatever else a record holds
-stays behind. Reasons of failed cells are told without paths and names, and a last look refuses what is still private.
+stays behind. Of an error only its class is told, and a last look refuses what is still private.
 """
 
 from __future__ import annotations
 
+import builtins
 import json
 import re
 from collections import Counter
@@ -14,10 +15,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from .. import errors
 from ..files import check_output, whole_folder
-from ..privacy import Private, check_nothing_private, json_without_paths, private_here, without_paths
+from ..privacy import Private, check_nothing_private, json_without_paths, private_here
 from ..report.campaign_plots import draw_campaign
 from .methods import Method
+from .outcomes import NO_RATE, OTHER_RATE
 from .records import CellFolder
 from .report import campaign_record, csv_text, means
 from .runner import driver_host
@@ -56,7 +59,7 @@ RUN_COLUMNS = {
     "fingerprint": "the model's shape",
     "environment": "number of the entry of `environments` in summary.json",
     "record_sha256": "SHA-256 of the record that this line was made from",
-    "reason": "why it is no result; paths and names of the machine are left out",
+    "reason": "why it is no result: the class of the error, or words of this tool; messages are left out",
 }
 MEASURES = (
     "base_heldout_loss",
@@ -162,6 +165,31 @@ TASK_KEYS = (
 ENVIRONMENT_KEYS = ("python", *LIBRARIES, "threads", "device")
 DRAWN_TABLES = ("comparisons", "deltas", "speed", "scores")
 """What figures are drawn from."""
+_CHECK = "(?:steps|adapters_moved|backward_depth|rows|other_rows)"
+OUR_REASONS = re.compile(
+    "|".join(
+        (
+            *(re.escape(phrase) for phrase in (OTHER_RATE, NO_RATE)),
+            rf"checks that do not hold(?:: {_CHECK}(?:, {_CHECK})*)?",
+            "a held-out loss is not finite",
+            "no learning rate of the grid ended well",
+            "out of memory(?: with [0-9]+ rows at a time)?",
+            "gave up after [0-9]+ attempts that the machine ended",
+            r"no record from the process \(exit code -?[0-9]+\)",
+            "its (?:driver ended|process is gone)",
+            "SIG(?:KILL|TERM|HUP|INT)",
+        )
+    )
+)
+"""How reasons begin that this tool words itself; what follows may hold anything."""
+ERRORS = frozenset(
+    name
+    for room in (builtins, errors)
+    for name, found in vars(room).items()
+    if isinstance(found, type) and issubclass(found, BaseException)
+) | {"DamagedError", "LockedError", "OutOfMemoryError", "SafetensorError", "HfHubHTTPError"}
+"""Classes that may be named."""
+OTHER_REASON = "another reason"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 Row = dict[str, Any]
 
@@ -195,7 +223,7 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
     """The files of the bundle by name, the same for the same records."""
     spec, record = pinned_spec(folder), campaign_record(folder)
     made = record["tables"]
-    runs, environments = _runs(folder, made, private)
+    runs, environments = _runs(folder, made)
     figures = _figures(record, _margins(spec), private)
     files = {
         "aggregate_runs.csv": _csv(runs, tuple(RUN_COLUMNS)),
@@ -235,7 +263,7 @@ def _figures(record: Mapping[str, Any], margins: Mapping[str, Any], private: Pri
     return {f"{name}.png": picture for name, picture in draw_campaign(drawn).items()}
 
 
-def _runs(folder: Path, made: Mapping[str, list[Row]], private: Private) -> tuple[list[Row], list[dict[str, Any]]]:
+def _runs(folder: Path, made: Mapping[str, list[Row]]) -> tuple[list[Row], list[dict[str, Any]]]:
     """A row for every run, and the environments that its column of that name counts through."""
     places = [CellFolder.of(folder, cell) for cell in cells(pinned_spec(folder))]
     times = {row["cell"]: row for row in made["times"]}
@@ -253,10 +281,18 @@ def _runs(folder: Path, made: Mapping[str, list[Row]], private: Private) -> tupl
             "layers": " ".join(str(layer) for layer in result.get("layers", ())),
             "environment": _index(environments, result.get("environment")),
             "record_sha256": None if record is None else sha256(canonical(record).encode()).hexdigest(),
-            "reason": without_paths(" ".join((run["reason"] or "").split()), private),
+            "reason": _reason(run["reason"] or ""),
         }
         rows.append({column: known[column] for column in RUN_COLUMNS})
     return rows, environments
+
+
+def _reason(text: str) -> str:
+    """Of a reason what says nothing of rows, paths and names; empty where there is none."""
+    ours, name = OUR_REASONS.match(text), text.partition(":")[0]
+    if ours is not None:
+        return ours.group()
+    return name if name in ERRORS or not text else OTHER_REASON
 
 
 def _index(environments: list[dict[str, Any]], environment: Any) -> int | None:
