@@ -217,6 +217,8 @@ SPECS = {
     "model path": {"models": [{"name": "tiny", "model": f"{FOLDER}/tiny", "digest": None}]},
     "relative model path": {"models": [{"name": "tiny", "model": f"{CANARY}/tiny", "digest": "0" * 64}]},
     "data path": {"tasks": [{"name": "words", "data": f"{FOLDER}/rows.jsonl", "digest": "0" * 64}]},
+    "relative data path": {"tasks": [{"name": "words", "data": f"{CANARY}/rows.jsonl", "digest": None}]},
+    "relative path of weights": {"models": [{"name": "tiny", "model": f"models/{CANARY}.GGUF", "digest": None}]},
     "path of the other text": {"other_text": {"name": "wiki", "data": f"../{CANARY}/rows.jsonl", "digest": None}},
     "more keys": {"git": TOKENS["remote"], "HOME": FOLDER, "user": CANARY},
     "more keys of a method": {

@@ -19,6 +19,7 @@ from .. import errors
 from ..files import check_output, whole_folder
 from ..privacy import Private, check_nothing_private, json_without_paths, private_here
 from ..report.campaign_plots import draw_campaign
+from ..rows import READERS
 from .methods import Method
 from .outcomes import NO_RATE, OTHER_RATE
 from .records import CellFolder
@@ -190,6 +191,8 @@ ERRORS = frozenset(
 ) | {"DamagedError", "LockedError", "OutOfMemoryError", "SafetensorError", "HfHubHTTPError"}
 """Classes that may be named."""
 OTHER_REASON = "another reason"
+FILE_SUFFIXES = (*READERS, ".arrow", ".tsv", ".gz", ".zip", ".gguf", ".safetensors", ".bin", ".pt", ".pth")
+"""What ends so is a file, wherever it lies."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 Row = dict[str, Any]
 
@@ -343,7 +346,8 @@ def _chosen(entry: Mapping[str, Any], keys: Sequence[str], source: str | None = 
     chosen = {key: entry[key] for key in keys if key in entry}
     if source is not None:
         value = str(entry[source])
-        on_hub = entry.get("digest") is None and HUB_ID.fullmatch(value) is not None
+        local = entry.get("digest") is not None or value.lower().endswith(FILE_SUFFIXES)
+        on_hub = not local and HUB_ID.fullmatch(value) is not None
         chosen["source"] = value if on_hub or value == "embedded" else "local"
     return chosen
 
