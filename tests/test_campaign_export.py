@@ -181,6 +181,15 @@ def test_cells_of_every_kind_are_counted(tmp_path):
     assert reasons == {"its grid of learning rates gives no rate now"}
 
 
+def test_an_evaluation_of_a_run_that_is_no_result_counts_as_none(tmp_path):
+    made = spec(methods=spec()["methods"][:1], seeds=[0], evaluation={"tasks": ["quiz"]})
+    outcomes = [("failed", "ValueError: no", {}), ("done", None, {"evaluation": {}})]
+    campaign(tmp_path / "small", made, lambda number: outcomes[number])
+    export(tmp_path / "small", tmp_path / "bundle")
+    summary = json.loads((tmp_path / "bundle" / "summary.json").read_text())
+    assert summary["states"] == {"run": {"failed": 1}, "evaluation": {"invalid": 1}}
+
+
 def test_the_figures_of_the_report_are_in_it(tmp_path, monkeypatch):
     monkeypatch.setattr(export_room, "draw_campaign", draw_campaign)
     campaign(tmp_path / "small", spec())

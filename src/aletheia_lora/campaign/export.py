@@ -21,7 +21,7 @@ from ..privacy import Private, check_nothing_private, json_without_paths, privat
 from ..report.campaign_plots import draw_campaign
 from ..rows import READERS
 from .methods import Method
-from .outcomes import NO_RATE, OTHER_RATE
+from .outcomes import NO_RATE, OTHER_RATE, Outcome, outcomes
 from .records import CellFolder
 from .report import campaign_record, csv_text, means
 from .runner import driver_host
@@ -243,7 +243,7 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
         "name": spec["name"],
         "spec": _spec(spec),
         "margins": _margins(spec),
-        "states": _states(folder, runs),
+        "states": _states(outcomes(folder, spec)),
         "means": made["methods"],
         "versions": {key: spec["versions"].get(key) for key in ("aletheia-lora", *LIBRARIES)},
         "environments": environments,
@@ -308,13 +308,10 @@ def _index(environments: list[dict[str, Any]], environment: Any) -> int | None:
     return environments.index(allowed)
 
 
-def _states(folder: Path, runs: Sequence[Row]) -> dict[str, dict[str, int]]:
-    """How many cells of each kind are in which state; a run whose grid changed after it counts as invalid."""
-    others = [CellFolder.of(folder, cell) for cell in cells(pinned_spec(folder)) if cell.content["kind"] != "run"]
-    pairs = [("run", run["state"]) for run in runs] + [(p.cell.content["kind"], p.state()[0]) for p in others]
-    counts = Counter(pairs)
-    kinds = dict.fromkeys(kind for kind, _ in pairs)
-    return {kind: {state: count for (of, state), count in counts.items() if of == kind} for kind in kinds}
+def _states(found: Sequence[Outcome]) -> dict[str, dict[str, int]]:
+    """How many cells of each kind are in which state, as the report counts them."""
+    kinds = dict.fromkeys(one.kind for one in found)
+    return {kind: dict(Counter(one.state for one in found if one.kind == kind)) for kind in kinds}
 
 
 def _columns(rows: Sequence[Row], columns: Iterable[str]) -> list[Row]:
