@@ -122,6 +122,18 @@ def test_a_bundle_names_the_evaluation_and_its_margins_but_not_its_folder():
     assert _margins({"margins": {"heldout_loss": 0.01, "gsm8k": 2.0}, "evaluation": asked})["gsm8k"] == 2.0
 
 
+def test_a_bundle_says_how_many_processes_trained_and_what_packed_the_base(tmp_path):
+    packed = {"processes": 2, "packed_versions": {"bitsandbytes": "0.50.0", CANARY: FOLDER}}
+    for name, more in (("plain", {}), ("packed", packed)):
+        campaign(tmp_path / name, spec(**more))
+        export(tmp_path / name, tmp_path / f"{name}-bundle")
+    plain, found = (
+        json.loads((tmp_path / f"{name}-bundle" / "summary.json").read_text()) for name in ("plain", "packed")
+    )
+    assert found["spec"] == {**plain["spec"], "processes": 2} and "processes" not in plain["spec"]
+    assert found["versions"] == {**plain["versions"], "bitsandbytes": "0.50.0"}
+
+
 def test_a_bundle_has_a_line_for_every_run_and_means_with_their_gaps(tmp_path):
     outcomes = [("done", None, result(2.0)), ("failed", "ValueError: no", {}), ("done", None, result(4.0)), None]
     places = campaign(tmp_path / "small", spec(), lambda number: outcomes[number])

@@ -151,7 +151,10 @@ SPEC_KEYS = (
     "evaluations",
     "other_rows",
     "prefix_cache",
+    "processes",
 )
+PACKERS = ("bitsandbytes",)
+"""What packs a base model."""
 MODEL_KEYS = ("name", "dtype", "digest")
 TASK_KEYS = (
     "name",
@@ -245,7 +248,7 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
         "margins": _margins(spec),
         "states": _states(outcomes(folder, spec)),
         "means": made["methods"],
-        "versions": {key: spec["versions"].get(key) for key in ("aletheia-lora", *LIBRARIES)},
+        "versions": _versions(spec),
         "environments": environments,
         "files": {name: sha256(content).hexdigest() for name, content in files.items()},
     }
@@ -317,6 +320,12 @@ def _states(found: Sequence[Outcome]) -> dict[str, dict[str, int]]:
 def _columns(rows: Sequence[Row], columns: Iterable[str]) -> list[Row]:
     """Rows cut down to these columns."""
     return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def _versions(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the libraries, and of what packed a base model where one was packed."""
+    found = {key: spec["versions"].get(key) for key in ("aletheia-lora", *LIBRARIES)}
+    return found | _chosen(spec.get("packed_versions", {}), PACKERS)
 
 
 def _margins(spec: Mapping[str, Any]) -> dict[str, Any]:
