@@ -19,6 +19,7 @@ from aletheia_lora.campaign.export import (
     export,
 )
 from aletheia_lora.campaign.records import CellFolder, DamagedError
+from aletheia_lora.campaign.runner import pin
 from aletheia_lora.campaign.spec import cells
 from aletheia_lora.cli import main
 from aletheia_lora.errors import ConfigError, OutputError, PrivacyError
@@ -132,6 +133,17 @@ def test_a_bundle_says_how_many_processes_trained_and_what_packed_the_base(tmp_p
     )
     assert found["spec"] == {**plain["spec"], "processes": 2} and "processes" not in plain["spec"]
     assert found["versions"] == {**plain["versions"], "bitsandbytes": "0.50.0"}
+
+
+def test_a_bundle_says_which_margins_were_changed_after_how_many_cells(tmp_path, drawn):
+    campaign(tmp_path / "small", spec())
+    made = spec(margins={"heldout_loss": 0.5, "other_loss": None}, tasks=[{"name": "words", "data": f"{CANARY}.jsonl"}])
+    pin(made, tmp_path / "small", accept_change=True)
+    export(tmp_path / "small", tmp_path / "bundle")
+    (change,) = json.loads((tmp_path / "bundle" / "summary.json").read_text())["accepted_changes"]
+    assert (change["num_cells"], change["margins"]) == (4, ["margins.heldout_loss: 0.01 -> 0.5"])
+    assert change["num_other_changes"] == 3  # data, length and digest of the task
+    check_no_canary(tmp_path / "bundle", drawn)
 
 
 def test_a_bundle_has_a_line_for_every_run_and_means_with_their_gaps(tmp_path):

@@ -99,7 +99,8 @@ TEST_COLUMNS = {
     "t_p": "p of the paired t test",
     "wilcoxon_p": "p of Wilcoxon's signed-rank test",
     "hedges_g": "effect size",
-    "margin": "the largest difference that would not matter, fixed beforehand",
+    "margin": "the largest difference that would not matter; fixed before the first run unless `accepted_changes` in "
+    "summary.json has it",
     "equivalence_p": "p of the two one-sided tests against that margin",
     "missing": "pairs that could not be made",
 }
@@ -246,6 +247,7 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
         "name": spec["name"],
         "spec": _spec(spec),
         "margins": _margins(spec),
+        "accepted_changes": _accepted(record["accepted_changes"], _margins(spec)),
         "states": _states(outcomes(folder, spec)),
         "means": made["methods"],
         "versions": _versions(spec),
@@ -322,6 +324,17 @@ def _columns(rows: Sequence[Row], columns: Iterable[str]) -> list[Row]:
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
+def _accepted(changes: Sequence[Mapping[str, Any]], margins: Iterable[str]) -> list[dict[str, Any]]:
+    """Each accepted change of the spec: what became of the margins, and how many other settings changed."""
+    starts = tuple(f"margins.{key}: " for key in margins)
+    told = []
+    for change in changes:
+        lines = [line for line in change["changes"] if line.startswith(starts)]
+        counts = {"num_cells": change["num_cells"], "num_other_changes": len(change["changes"]) - len(lines)}
+        told.append({**counts, "margins": lines})
+    return told
+
+
 def _versions(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Of the libraries, and of what packed a base model where one was packed."""
     found = {key: spec["versions"].get(key) for key in ("aletheia-lora", *LIBRARIES)}
@@ -372,9 +385,9 @@ def _readme(name: str, figures: Sequence[str]) -> str:
         "",
         "## summary.json",
         "",
-        "What was asked for and with which margins, fixed beforehand; how many cells ended in which state; the mean of",
-        "each method with its n and its gaps; versions, the environments that the runs met, and the SHA-256 of every",
-        "other file here.",
+        "What was asked for and with which margins, and in `accepted_changes` what of it was changed after how many",
+        "cells had run; how many cells ended in which state; the mean of each method with its n and its gaps;",
+        "versions, the environments that the runs met, and the SHA-256 of every other file here.",
         "",
         "## aggregate_runs.csv",
         "",
