@@ -7,9 +7,11 @@ import pytest
 from scipy import stats
 
 from aletheia_lora.campaign.pairing import role_of
+from aletheia_lora.campaign.records import CellFolder
 from aletheia_lora.campaign.report import campaign_record, tables
+from aletheia_lora.campaign.spec import cells
 from aletheia_lora.statistics import holm
-from campaign_results import campaign, method, named, result, spec
+from campaign_results import SCORES, campaign, method, named, result, spec
 
 NOISE = np.random.default_rng(0).normal(0, 0.004, 4096)
 
@@ -407,3 +409,17 @@ def test_scores_are_averaged_over_seeds_and_scaled_within_their_task(tmp_path):
     assert [row["mean_score"] for row in rows] == [2, 3, 5, 4]
     assert [row["share_of_highest"] for row in rows] == [0.4, 0.6, 1.0, 0.8]
     assert {row["num_seeds"] for row in rows} == {3}
+
+
+def test_scores_of_runs_that_did_not_end_well_are_in_no_mean(tmp_path):
+    made = spec("uniform", "paper", seeds=[0, 1, 2])
+    campaign(tmp_path, made, lambda content: result(content) if content["seed"] == 0 else None)
+    for cell in cells(made):
+        if cell.content["seed"] > 0:
+            values = result(cell.content, layer_scores={"gradient_norm": [9.0, 9.0, 9.0, 9.0], "fisher": [1.0] * 4})
+            CellFolder.of(tmp_path, cell).finish("nan" if cell.content["seed"] == 1 else "invalid", "bad", **values)
+    rows = tables(tmp_path)["scores"]
+    assert [(row["score"], row["mean_score"], row["num_seeds"]) for row in rows] == [
+        ("gradient_norm", score, 1) for score in SCORES
+    ]
+    assert {row["score"] for row in tables(tmp_path)["usefulness"]} == {"gradient_norm"}

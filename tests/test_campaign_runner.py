@@ -11,13 +11,15 @@ import pytest
 import campaign_child as child
 from aletheia_lora.campaign.commands import shown_live
 from aletheia_lora.campaign.executors import local_executor
-from aletheia_lora.campaign.records import CellFolder, LockedError, chosen_rate
-from aletheia_lora.campaign.report import csv_text, tables, write_report
-from aletheia_lora.campaign.runner import Budget, driver_lock, driver_workers, run_campaign
+from aletheia_lora.campaign.outcomes import outcomes
+from aletheia_lora.campaign.records import CellFolder, LockedError, accepted_changes, chosen_rate, trained_run
+from aletheia_lora.campaign.report import campaign_record, csv_text, report_text, shown, tables, write_report
+from aletheia_lora.campaign.runner import Budget, driver_lock, driver_workers, pin, run_campaign
 from aletheia_lora.campaign.spec import cells
 from aletheia_lora.campaign.status import status, status_text
 from aletheia_lora.errors import AletheiaError, ConfigError, OutputError
 from aletheia_lora.files import write_json
+from aletheia_lora.report.campaign_page import render_campaign
 from campaign_results import SETTINGS
 
 BUDGET = Budget(machine_faults=3, first_pause=0.0)
@@ -196,6 +198,41 @@ def test_a_changed_spec_is_refused_with_its_diff_and_then_keeps_what_is_the_same
     campaign(changed)
 
 
+def test_an_accepted_change_is_kept_and_a_margin_that_moved_is_not_called_fixed(campaign, tmp_path):
+    folder, margins = tmp_path / "small", {"heldout_loss": 0.01, "other_loss": 0.02}
+    campaign(spec(0, margins=margins), executor=at_once({}))
+    assert accepted_changes(folder) == [] and "was changed" not in report_text(folder)
+    assert "Margins, fixed beforehand: heldout_loss 0.01 nats, other_loss 0.02 nats." in report_text(folder)
+    made = spec(0, 1, margins={**margins, "heldout_loss": 0.5})
+    campaign(made, executor=at_once({}), accept_change=True)
+    campaign(made, executor=at_once({}), accept_change=True)  # the same again is no change
+    (change,) = accepted_changes(folder)
+    assert (change["num_cells"], change["at"][:2]) == (1, "20")
+    assert change["changes"] == ["seeds: [0] -> [0, 1]", "margins.heldout_loss: 0.01 -> 0.5"]
+    text, record = report_text(folder), campaign_record(folder)
+    assert "Margins, fixed beforehand: other_loss 0.02 nats.\n" in text
+    assert "Margins, changed after cells had run: heldout_loss 0.5 nats.\n" in text
+    assert "The spec was changed; cells that had run by then: 1. seeds: " in text and change["at"][:10] not in text
+    page = render_campaign(record, {}, {name: shown(name, rows) for name, rows in record["tables"].items()})
+    assert "fixed before the first run: other loss 0.02." in page
+    assert "changed after cells had run: heldout loss 0.5." in page
+    assert f"The spec was changed on {change['at'][:10]}; cells that had run by then: 1. seeds: " in page
+
+
+def test_a_margin_that_changed_before_any_cell_had_a_record_was_fixed_beforehand(tmp_path):
+    pin(spec(0), tmp_path, accept_change=False)
+    pin(spec(0, margins={"heldout_loss": 0.5}), tmp_path, accept_change=True)
+    record = campaign_record(tmp_path)
+    assert (record["accepted_changes"][0]["num_cells"], record["changed_margins"]) == (0, [])
+    place = places(spec(0), tmp_path)[0]
+    place.make()
+    place.finish("failed", "gave up")
+    place.retry()
+    pin(spec(0, margins={"heldout_loss": 0.6}), tmp_path, accept_change=True)
+    record = campaign_record(tmp_path)
+    assert (record["accepted_changes"][1]["num_cells"], record["changed_margins"]) == (1, ["heldout_loss"])
+
+
 def test_the_folder_of_another_campaign_or_of_something_else_is_refused(campaign, tmp_path):
     campaign(spec(child.DONE))
     with pytest.raises(ConfigError, match="holds the campaign 'small'"):
@@ -252,6 +289,79 @@ def test_a_grid_that_was_opened_again_is_waited_for_and_its_runs_are_in_no_mean(
     assert tables(tmp_path / "small")["methods"][0]["n"] == 1
     high.retry()
     assert tables(tmp_path / "small")["methods"][0]["gaps"] == "1 invalid"
+
+
+def at_once(losses):
+    """An executor whose cells end as they start: of the grid with these validation losses, or badly without one."""
+
+    class Ended:
+        def __init__(self, path, _base):
+            place = CellFolder.open(path)
+            content = place.cell.content
+            with place.lock():
+                place.append("attempt_started", pid=1)
+                if content["kind"] == "evaluation":
+                    digest = trained_run(place)["result"]["adapter_digest"]
+                    place.finish("done", evaluation={}, adapter_digest=digest)
+                elif content["kind"] == "run":
+                    rate, grid = chosen_rate(place)
+                    facts = {"learning_rate": rate, "grid": grid, "adapter_digest": f"trained at {rate}"}
+                    place.finish("done", **facts, heldout_loss=2.0, layers=[0])
+                elif content["learning_rate"] in losses:
+                    place.finish("done", validation_loss=losses[content["learning_rate"]])
+                else:
+                    place.finish("failed", "gave up")
+
+        def poll(self):
+            return 0
+
+        def stop(self):
+            pass
+
+    return Ended
+
+
+@pytest.mark.parametrize(("loss", "rate", "attempts"), [(4.0, 1e-3, 1), (2.0, 1e-2, 2)], ids=["worse", "better"])
+def test_a_rate_that_ends_well_later_runs_again_only_what_it_overtook(campaign, tmp_path, loss, rate, attempts):
+    made = spec(0, 1, learning_rates=[1e-3, 1e-2], evaluation={"tasks": ["quiz"]})
+    _, high, *later = campaign(made, executor=at_once({1e-3: 3.0}))
+    assert high.state()[0] == "failed"
+    campaign(made, executor=at_once({1e-3: 3.0, 1e-2: loss}), retry_failed=True)
+    assert [one.state for one in outcomes(tmp_path / "small", made)] == ["done"] * 6
+    assert [place.record()["result"].get("learning_rate") for place in later] == [rate, rate, None, None]
+    assert {place.record()["result"]["adapter_digest"] for place in later} == {f"trained at {rate}"}
+    assert [place.record()["attempts"] for place in later] == [attempts] * 4
+    assert [(place.path / "record-before-retry-1.json").exists() for place in later] == [attempts > 1] * 4
+
+
+def test_a_run_that_was_overtaken_is_invalid_and_says_what_mends_it(campaign, tmp_path):
+    made = spec(0, learning_rates=[1e-3, 1e-2], evaluation={"tasks": ["quiz"]})
+    _, high, *later = campaign(made, executor=at_once({1e-3: 3.0}))
+    high.retry()
+    campaign(made, executor=at_once({1e-2: 2.0}))
+    found = outcomes(tmp_path / "small", made)[2:]
+    assert [(one.state, one.overtaken) for one in found] == [("invalid", True)] * 2
+    assert found[0].reason == (
+        "its grid of learning rates gives another rate now: run the campaign with --retry-failed"
+    )
+    campaign(made, executor=at_once({}), retry_failed=True)  # the grid is whole: nothing of it runs again
+    assert [one.state for one in outcomes(tmp_path / "small", made)] == ["done"] * 4
+    retried = [event["data"]["reason"] for event in later[0].events() if event["kind"] == "retried"]
+    assert retried == [found[0].reason]
+
+
+def test_an_evaluation_of_another_adapter_than_its_run_has_is_invalid_until_it_is_asked_again(campaign, tmp_path):
+    made = spec(0, evaluation={"tasks": ["quiz"]})
+    run, asked = campaign(made, executor=at_once({}))
+    values = {**run.record()["result"], "adapter_digest": "another"}
+    (run.path / "record.json").unlink()
+    run.finish("done", **values)
+    trained, found = outcomes(tmp_path / "small", made)
+    assert (trained.state, found.state) == ("done", "invalid")
+    assert found.reason == "it asked another adapter than its run has now: run the campaign with --retry-failed"
+    campaign(made, executor=at_once({}), retry_failed=True)
+    assert [one.state for one in outcomes(tmp_path / "small", made)] == ["done"] * 2
+    assert (run.record()["result"], asked.record()["result"]["adapter_digest"]) == (values, "another")
 
 
 def test_a_run_whose_whole_grid_failed_fails_with_its_reason_and_starts_nothing(campaign, tmp_path):

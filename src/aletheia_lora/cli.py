@@ -304,7 +304,9 @@ def campaign_run(
     executor_option: Annotated[list[str] | None, typer.Option(help="For it, as key=value; may be repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells with predicted time and disk.")] = False,
     accept_change: Annotated[bool, typer.Option("--accept-change", help="Go on with a spec that changed.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what ended badly.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run again what ended badly or was overtaken.")
+    ] = False,
     as_json: _Json = False,
 ) -> None:
     """Run every cell that has no record yet; exit code 3 if some did not end well."""

@@ -1,11 +1,12 @@
 """A campaign's folder -> a bundle of evidence that can be handed on: tables, a summary, figures, and what they mean.
 
 Made from the records alone. What goes in is named here, column by column and key by key; whatever else a record holds
-stays behind. Reasons of failed cells are told without paths and names, and a last look refuses what is still private.
+stays behind. Of an error only its class is told, and a last look refuses what is still private.
 """
 
 from __future__ import annotations
 
+import builtins
 import json
 import re
 from collections import Counter
@@ -14,10 +15,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from .. import errors
 from ..files import check_output, whole_folder
-from ..privacy import Private, check_nothing_private, json_without_paths, private_here, without_paths
+from ..privacy import Private, check_nothing_private, json_without_paths, private_here
 from ..report.campaign_plots import draw_campaign
+from ..rows import READERS
 from .methods import Method
+from .outcomes import NO_RATE, OTHER_RATE, Outcome, outcomes
 from .records import CellFolder
 from .report import campaign_record, csv_text, means
 from .runner import driver_host
@@ -56,7 +60,7 @@ RUN_COLUMNS = {
     "fingerprint": "the model's shape",
     "environment": "number of the entry of `environments` in summary.json",
     "record_sha256": "SHA-256 of the record that this line was made from",
-    "reason": "why it is no result; paths and names of the machine are left out",
+    "reason": "why it is no result: the class of the error, or words of this tool; messages are left out",
 }
 MEASURES = (
     "base_heldout_loss",
@@ -95,7 +99,8 @@ TEST_COLUMNS = {
     "t_p": "p of the paired t test",
     "wilcoxon_p": "p of Wilcoxon's signed-rank test",
     "hedges_g": "effect size",
-    "margin": "the largest difference that would not matter, fixed beforehand",
+    "margin": "the largest difference that would not matter; fixed before the first run unless `accepted_changes` in "
+    "summary.json has it",
     "equivalence_p": "p of the two one-sided tests against that margin",
     "missing": "pairs that could not be made",
 }
@@ -147,7 +152,10 @@ SPEC_KEYS = (
     "evaluations",
     "other_rows",
     "prefix_cache",
+    "processes",
 )
+PACKERS = ("bitsandbytes",)
+"""What packs a base model."""
 MODEL_KEYS = ("name", "dtype", "digest")
 TASK_KEYS = (
     "name",
@@ -162,6 +170,33 @@ TASK_KEYS = (
 ENVIRONMENT_KEYS = ("python", *LIBRARIES, "threads", "device")
 DRAWN_TABLES = ("comparisons", "deltas", "speed", "scores")
 """What figures are drawn from."""
+_CHECK = "(?:steps|adapters_moved|backward_depth|rows|other_rows)"
+OUR_REASONS = re.compile(
+    "|".join(
+        (
+            *(re.escape(phrase) for phrase in (OTHER_RATE, NO_RATE)),
+            rf"checks that do not hold(?:: {_CHECK}(?:, {_CHECK})*)?",
+            "a held-out loss is not finite",
+            "no learning rate of the grid ended well",
+            "out of memory(?: with [0-9]+ rows at a time)?",
+            "gave up after [0-9]+ attempts that the machine ended",
+            r"no record from the process \(exit code -?[0-9]+\)",
+            "its (?:driver ended|process is gone)",
+            "SIG(?:KILL|TERM|HUP|INT)",
+        )
+    )
+)
+"""How reasons begin that this tool words itself; what follows may hold anything."""
+ERRORS = frozenset(
+    name
+    for room in (builtins, errors)
+    for name, found in vars(room).items()
+    if isinstance(found, type) and issubclass(found, BaseException)
+) | {"DamagedError", "LockedError", "OutOfMemoryError", "SafetensorError", "HfHubHTTPError"}
+"""Classes that may be named."""
+OTHER_REASON = "another reason"
+FILE_SUFFIXES = (*READERS, ".arrow", ".tsv", ".gz", ".zip", ".gguf", ".safetensors", ".bin", ".pt", ".pth")
+"""What ends so is a file, wherever it lies."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 Row = dict[str, Any]
 
@@ -195,7 +230,7 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
     """The files of the bundle by name, the same for the same records."""
     spec, record = pinned_spec(folder), campaign_record(folder)
     made = record["tables"]
-    runs, environments = _runs(folder, made, private)
+    runs, environments = _runs(folder, made)
     figures = _figures(record, _margins(spec), private)
     files = {
         "aggregate_runs.csv": _csv(runs, tuple(RUN_COLUMNS)),
@@ -212,9 +247,10 @@ def bundle(folder: Path, private: Private) -> dict[str, bytes]:
         "name": spec["name"],
         "spec": _spec(spec),
         "margins": _margins(spec),
-        "states": _states(folder, runs),
+        "accepted_changes": _accepted(record["accepted_changes"], _margins(spec)),
+        "states": _states(outcomes(folder, spec)),
         "means": made["methods"],
-        "versions": {key: spec["versions"].get(key) for key in ("aletheia-lora", *LIBRARIES)},
+        "versions": _versions(spec),
         "environments": environments,
         "files": {name: sha256(content).hexdigest() for name, content in files.items()},
     }
@@ -235,7 +271,7 @@ def _figures(record: Mapping[str, Any], margins: Mapping[str, Any], private: Pri
     return {f"{name}.png": picture for name, picture in draw_campaign(drawn).items()}
 
 
-def _runs(folder: Path, made: Mapping[str, list[Row]], private: Private) -> tuple[list[Row], list[dict[str, Any]]]:
+def _runs(folder: Path, made: Mapping[str, list[Row]]) -> tuple[list[Row], list[dict[str, Any]]]:
     """A row for every run, and the environments that its column of that name counts through."""
     places = [CellFolder.of(folder, cell) for cell in cells(pinned_spec(folder))]
     times = {row["cell"]: row for row in made["times"]}
@@ -253,10 +289,18 @@ def _runs(folder: Path, made: Mapping[str, list[Row]], private: Private) -> tupl
             "layers": " ".join(str(layer) for layer in result.get("layers", ())),
             "environment": _index(environments, result.get("environment")),
             "record_sha256": None if record is None else sha256(canonical(record).encode()).hexdigest(),
-            "reason": without_paths(" ".join((run["reason"] or "").split()), private),
+            "reason": _reason(run["reason"] or ""),
         }
         rows.append({column: known[column] for column in RUN_COLUMNS})
     return rows, environments
+
+
+def _reason(text: str) -> str:
+    """Of a reason what says nothing of rows, paths and names; empty where there is none."""
+    ours, name = OUR_REASONS.match(text), text.partition(":")[0]
+    if ours is not None:
+        return ours.group()
+    return name if name in ERRORS or not text else OTHER_REASON
 
 
 def _index(environments: list[dict[str, Any]], environment: Any) -> int | None:
@@ -269,18 +313,32 @@ def _index(environments: list[dict[str, Any]], environment: Any) -> int | None:
     return environments.index(allowed)
 
 
-def _states(folder: Path, runs: Sequence[Row]) -> dict[str, dict[str, int]]:
-    """How many cells of each kind are in which state; a run whose grid changed after it counts as invalid."""
-    others = [CellFolder.of(folder, cell) for cell in cells(pinned_spec(folder)) if cell.content["kind"] != "run"]
-    pairs = [("run", run["state"]) for run in runs] + [(p.cell.content["kind"], p.state()[0]) for p in others]
-    counts = Counter(pairs)
-    kinds = dict.fromkeys(kind for kind, _ in pairs)
-    return {kind: {state: count for (of, state), count in counts.items() if of == kind} for kind in kinds}
+def _states(found: Sequence[Outcome]) -> dict[str, dict[str, int]]:
+    """How many cells of each kind are in which state, as the report counts them."""
+    kinds = dict.fromkeys(one.kind for one in found)
+    return {kind: dict(Counter(one.state for one in found if one.kind == kind)) for kind in kinds}
 
 
 def _columns(rows: Sequence[Row], columns: Iterable[str]) -> list[Row]:
     """Rows cut down to these columns."""
     return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def _accepted(changes: Sequence[Mapping[str, Any]], margins: Iterable[str]) -> list[dict[str, Any]]:
+    """Each accepted change of the spec: what became of the margins, and how many other settings changed."""
+    starts = tuple(f"margins.{key}: " for key in margins)
+    told = []
+    for change in changes:
+        lines = [line for line in change["changes"] if line.startswith(starts)]
+        counts = {"num_cells": change["num_cells"], "num_other_changes": len(change["changes"]) - len(lines)}
+        told.append({**counts, "margins": lines})
+    return told
+
+
+def _versions(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the libraries, and of what packed a base model where one was packed."""
+    found = {key: spec["versions"].get(key) for key in ("aletheia-lora", *LIBRARIES)}
+    return found | _chosen(spec.get("packed_versions", {}), PACKERS)
 
 
 def _margins(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,7 +365,8 @@ def _chosen(entry: Mapping[str, Any], keys: Sequence[str], source: str | None = 
     chosen = {key: entry[key] for key in keys if key in entry}
     if source is not None:
         value = str(entry[source])
-        on_hub = entry.get("digest") is None and HUB_ID.fullmatch(value) is not None
+        local = entry.get("digest") is not None or value.lower().endswith(FILE_SUFFIXES)
+        on_hub = not local and HUB_ID.fullmatch(value) is not None
         chosen["source"] = value if on_hub or value == "embedded" else "local"
     return chosen
 
@@ -326,9 +385,9 @@ def _readme(name: str, figures: Sequence[str]) -> str:
         "",
         "## summary.json",
         "",
-        "What was asked for and with which margins, fixed beforehand; how many cells ended in which state; the mean of",
-        "each method with its n and its gaps; versions, the environments that the runs met, and the SHA-256 of every",
-        "other file here.",
+        "What was asked for and with which margins, and in `accepted_changes` what of it was changed after how many",
+        "cells had run; how many cells ended in which state; the mean of each method with its n and its gaps;",
+        "versions, the environments that the runs met, and the SHA-256 of every other file here.",
         "",
         "## aggregate_runs.csv",
         "",

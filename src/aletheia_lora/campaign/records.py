@@ -13,7 +13,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -25,6 +25,8 @@ from ..files import write_json
 from .spec import Cell, canonical, grid_of, run_behind
 
 FORMAT = "aletheia-cell/1"
+ACCEPTED = "accepted_changes.json"
+"""Beside the spec, which is only what it is now."""
 STATES = ("planned", "running", "interrupted", "oom", "failed", "nan", "invalid", "done")
 """``planned``: nothing started. ``running``: somebody holds the lock. ``interrupted``: an attempt ended without a
 result, and another may follow. ``oom``: out of memory. ``failed``: an error, or too many attempts. ``nan``: a loss
@@ -220,14 +222,23 @@ class CellFolder:
         write_json(self.path / "record.json", {**record, "sha256": digest})
         self.append("finished", state=state, reason=reason)
 
-    def retry(self) -> None:
-        """Let a cell that ended badly run again; its record is kept beside, and its budgets start anew."""
+    def retry(self, overtaken: str | None = None) -> bool:
+        """Let a cell that ended badly run again; its record is kept beside, and its budgets start anew.
+
+        Args:
+            overtaken: Why one that ended well has to, too.
+
+        Returns:
+            True if it will run again.
+        """
         with self.lock():
             record = self.record()
-            if record is not None and record["state"] != "done":
-                self.append("retried", state=record["state"], reason=record["reason"])
-                retries = sum(event["kind"] == "retried" for event in self.events())
-                os.replace(self.path / "record.json", self.path / f"record-before-retry-{retries}.json")
+            if record is None or (record["state"] == "done" and overtaken is None):
+                return False
+            self.append("retried", state=record["state"], reason=overtaken or record["reason"])
+            retries = sum(event["kind"] == "retried" for event in self.events())
+            os.replace(self.path / "record.json", self.path / f"record-before-retry-{retries}.json")
+            return True
 
     def state(self) -> tuple[str, str | None]:
         """The state, and why it is that.
@@ -296,6 +307,30 @@ def read_pinned(folder: Path) -> Mapping[str, Any] | None:
     if folder.exists() and (not folder.is_dir() or any(path.name != "driver.lock" for path in folder.iterdir())):
         raise OutputError(f"{str(folder)!r} holds no campaign and is not empty. Choose another --output.")
     return None
+
+
+def accepted_changes(folder: Path) -> list[dict[str, Any]]:
+    """Every change of the spec that was accepted: ``at``, ``num_cells`` that had a record by then, and ``changes``.
+
+    Raises:
+        DamagedError: If the file is not what was written.
+    """
+    file = folder / ACCEPTED
+    found = read_json(file).get("accepted") if file.exists() else []
+    if not isinstance(found, list):
+        raise DamagedError(f"{folder.name}/{ACCEPTED} holds no list of changes. Put it back as it was written.")
+    return found
+
+
+def keep_accepted(folder: Path, changes: Sequence[str]) -> None:
+    """Add a change, in lines; cells whose record a retry put aside count, too.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    ended = {file.parent for file in folder.glob("cells/*/record*.json")}
+    change = {"at": now(), "num_cells": len(ended), "changes": list(changes)}
+    write_json(folder / ACCEPTED, {"accepted": [*accepted_changes(folder), change]})
 
 
 def chosen_rate(folder: CellFolder) -> tuple[float, list[dict[str, Any]]]:

@@ -26,6 +26,7 @@ from .measures import LOSSES, measures
 from .outcomes import Outcome, outcomes
 from .pairing import role_of
 from .ranking import ranking
+from .records import accepted_changes
 from .spec import SHARED
 from .speed import counted, speed_questions, speeds
 from .status import pinned_spec
@@ -81,7 +82,7 @@ def campaign_record(folder: Path) -> dict[str, Any]:
         DamagedError: If a record is not what was written.
     """
     spec = pinned_spec(folder)
-    found = outcomes(folder, spec)
+    found, accepted = outcomes(folder, spec), accepted_changes(folder)
     judged = measures(spec, found)
     compared, changed = comparisons(spec, found, judged), deltas(spec, found, judged)
     models = [{**entry, **_family(entry["name"], found)} for entry in spec["models"]]
@@ -107,6 +108,8 @@ def campaign_record(folder: Path) -> dict[str, Any]:
         "name": spec["name"],
         "match": list(spec["match"]),
         "margins": dict(spec["margins"]),
+        "changed_margins": changed_margins(spec["margins"], accepted),
+        "accepted_changes": accepted,
         "methods": [{"name": method["name"], "role": role_of(method)} for method in spec["methods"]],
         "models": models,
         "tasks": [dict(task) for task in spec["tasks"]],
@@ -119,6 +122,12 @@ def campaign_record(folder: Path) -> dict[str, Any]:
         "missing": _missing([*compared, *changed]),
         "tables": made,
     }
+
+
+def changed_margins(margins: Mapping[str, Any], accepted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The margins that were not what they are when the first cell had a record already."""
+    lines = [line for change in accepted if change["num_cells"] for line in change["changes"]]
+    return [key for key in margins if any(line.startswith(f"margins.{key}: ") for line in lines)]
 
 
 def tables(folder: Path) -> dict[str, list[Row]]:
@@ -233,7 +242,10 @@ def _texts(record: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
 def _text(record: Mapping[str, Any], texts: Texts) -> str:
     lines = [f"# Campaign {record['name']}", ""]
     lines += [f"{record['num_done']} of {record['num_runs']} runs ended well.", ""]
-    lines += [f"Margins, fixed beforehand: {_margins(record['margins'])}.", ""]
+    lines += [*_margins(record), ""]
+    for change in record["accepted_changes"]:
+        what = markdown_text(" ".join(visible("; ".join(change["changes"])).split()))
+        lines += [f"The spec was changed; cells that had run by then: {change['num_cells']}. {what}", ""]
     lines += ["Better, worse: t tests at 5 % after Holm's correction over the comparisons that a question `tried`."]
     lines += ["Equal: two one-sided tests at 5 % place the difference inside the margin."]
     lines += ["Bootstrap intervals of fewer than about 30 groups are too narrow: read the t intervals (low, high)."]
@@ -253,10 +265,15 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
     return markdown(rows) if rows else "none\n"
 
 
-def _margins(margins: Mapping[str, float | None]) -> str:
-    known = [(key, value) for key, value in margins.items() if value is not None]
-    units = {key: "nats" if key in LOSSES else "points (of plain text: nats)" for key, _ in known}
-    return ", ".join(f"{key} {value:g} {units[key]}" for key, value in known)
+def _margins(record: Mapping[str, Any]) -> list[str]:
+    """Lines: what was fixed before anything ran, and what was not."""
+    told: dict[str, list[str]] = {}
+    for key, value in record["margins"].items():
+        if value is not None:
+            when = "changed after cells had run" if key in record["changed_margins"] else "fixed beforehand"
+            unit = "nats" if key in LOSSES else "points (of plain text: nats)"
+            told.setdefault(when, []).append(f"{key} {value:g} {unit}")
+    return [f"Margins, {when}: {', '.join(margins)}." for when, margins in told.items()]
 
 
 def csv_text(rows: Sequence[Row]) -> str:

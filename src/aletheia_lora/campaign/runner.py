@@ -23,7 +23,8 @@ from typing import Any
 from ..errors import AletheiaError, ConfigError, OutputError
 from ..files import check_writable, write_json
 from .executors import EXIT_MACHINE, EXIT_MEMORY, Executor, Job
-from .records import CellFolder, LockedError, chosen_rate, faults, locked, now, read_pinned, trained_run
+from .outcomes import outcomes
+from .records import CellFolder, LockedError, chosen_rate, faults, keep_accepted, locked, now, read_pinned, trained_run
 from .spec import Cell, cells, changes, grid_of, run_behind
 
 MACHINE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -92,7 +93,7 @@ def driver_host(folder: Path) -> str:
 
 
 def pin(spec: Mapping[str, Any], folder: Path, *, accept_change: bool) -> None:
-    """Keep the resolved spec, or compare it with the one that is kept.
+    """Keep the resolved spec, or compare it with the one that is kept; what is accepted stays on record.
 
     Raises:
         ConfigError: If the folder is another campaign's, or the spec changed and that was not accepted.
@@ -107,6 +108,8 @@ def pin(spec: Mapping[str, Any], folder: Path, *, accept_change: bool) -> None:
             f"the spec is not the one that {str(folder)!r} was started with: {'; '.join(changed)}. Put it back, choose "
             "another --output, or give --accept-change: cells whose content changed then run anew."
         )
+    if changed:
+        keep_accepted(folder, changed)
     if kept is None or changed:
         write_json(folder / "campaign.json", spec)
 
@@ -152,6 +155,13 @@ class Driver:
             for cell in self.jobs:
                 with contextlib.suppress(AletheiaError):  # the next driver notes it
                     self._note_what_was_cut_off(self.place(cell))
+
+    def reopen(self, spec: Mapping[str, Any], *, failed: bool) -> bool:
+        """Let what was overtaken run again, and if asked what ended badly; True if there is any of it."""
+        pairs = zip(cells(spec), outcomes(self.folder, spec), strict=True)
+        asked = [(cell, one) for cell, one in pairs if one.overtaken or (failed and one.attempts is not None)]
+        reopened = [self.place(cell).retry(one.reason if one.overtaken else None) for cell, one in asked]
+        return any(reopened)
 
     def place(self, cell: Cell) -> CellFolder:
         """The cell's folder."""
@@ -283,7 +293,8 @@ def run_campaign(
         workers: Cells at a time.
         budget: How often a cell is tried again.
         accept_change: Go on with a spec that is not the one the folder was started with.
-        retry_failed: First reopen the cells that ended badly.
+        retry_failed: First reopen the cells that ended badly; then the runs that trained at another rate than their
+            grid gives now, and their evaluations.
         say: Called with a line when there is news.
 
     Raises:
@@ -300,10 +311,10 @@ def run_campaign(
         wanted = cells(spec)
         driver = Driver(folder, base, executor, workers, budget or Budget(), say)
         if retry_failed:
-            for cell in wanted:
-                if driver.place(cell).path.exists():
-                    driver.place(cell).retry()
+            driver.reopen(spec, failed=True)
         driver.run(wanted)
+        if retry_failed and driver.reopen(spec, failed=False):  # the grid may give another rate only now
+            driver.run(wanted)
 
 
 @contextlib.contextmanager

@@ -23,10 +23,10 @@ Scores = dict[tuple[str, str, int, str], list[float]]
 
 
 def layer_scores(found: Sequence[Outcome]) -> Scores:
-    """The scores that the runs recorded; runs of one seed share their probe."""
+    """The scores that the runs that ended well recorded; runs of one seed share their probe."""
     scores: Scores = {}
     for one in found:
-        if one.kind == "run":
+        if one.kind == "run" and one.done:
             for name, values in (one.result.get("layer_scores") or {}).items():
                 if name != NO_DATA and values and all(isinstance(value, int | float) for value in values):
                     scores.setdefault((one.model, one.task, int(one.content["seed"]), name), values)

@@ -99,15 +99,22 @@ def _question(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _deck(record: Record) -> list[str]:
-    fixed = [(visible(key).replace("_", " "), value) for key, value in record["margins"].items() if value]
-    margins = ", ".join(f"{name} {value:g}" for name, value in fixed)
     told = [
-        f"{record['num_done']} of {record['num_runs']} runs ended well. Differences that count as none were fixed "
-        f"before the first run: {margins}. “Not known” means that neither a difference nor its absence was shown."
+        f"{record['num_done']} of {record['num_runs']} runs ended well. {_margins(record)} “Not known” means that "
+        "neither a difference nor its absence was shown."
     ]
     if not record["evaluated"]:
         told.append("No benchmark was evaluated: the campaign has no evaluation.")
     return told
+
+
+def _margins(record: Record) -> str:
+    told: dict[str, list[str]] = {}
+    for key, value in record["margins"].items():
+        if value:
+            when = "changed after cells had run" if key in record["changed_margins"] else "fixed before the first run"
+            told.setdefault(when, []).append(f"{visible(key).replace('_', ' ')} {value:g}")
+    return " ".join(f"Differences that count as none were {when}: {', '.join(own)}." for when, own in told.items())
 
 
 def _cards(record: Record) -> list[dict[str, str]]:
@@ -216,7 +223,11 @@ def _model(model: Mapping[str, Any]) -> str:
 
 def _limits(record: Record) -> list[str]:
     rows = [row for row in record["tables"]["comparisons"] if known(row["mean"]) is not None]
-    told = []
+    told = [
+        f"The spec was changed on {visible(change['at'][:10])}; cells that had run by then: {change['num_cells']}. "
+        f"{visible('; '.join(change['changes']))}"
+        for change in record["accepted_changes"]
+    ]
     if any(row["basis"] == "one pair" for row in rows):
         told.append("Some comparisons rest on one pair: they have no interval, and another seed may turn them round.")
     if any(row["basis"] == "items" for row in rows):

@@ -129,7 +129,7 @@ def between(row: Row, unit: str = "", *, digits: int | None = None) -> str:
 
 
 def plot_controls(record: Record) -> bytes:
-    """Held-out loss of every selection minus that of each control, with the margin that was fixed beforehand."""
+    """Held-out loss of every selection minus that of each control, with the margin."""
     blocks: list[Block] = []
     for match in record["match"]:
         for method in chosen_methods(record):
@@ -382,7 +382,7 @@ def _scores_title(record: Record) -> str:
 
 
 def _whiskers(record: Record) -> str:
-    shaded = " Shaded: the margin fixed beforehand." if record["margins"].get(LOSS) else ""
+    shaded = " Shaded: the margin." if record["margins"].get(LOSS) else ""
     return f"Thin whiskers: 95 % intervals; thick: 90 %, for equality.{shaded}"
 
 
