@@ -373,8 +373,7 @@ STRATEGIES: dict[str, Strategy] = {
     "spread": spread,
     "all": all_layers,
 }
-SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread")
-"""Strategies that read scores, and so need a probe."""
+SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread")  # these read scores: they need a probe
 
 
 def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[ParetoPoint]:
