@@ -37,8 +37,8 @@ def split_sentence(record: dict) -> str:
         step_ratio(one, other, shared) for one, other in ((plain, selected), (plain, ours), (ours, selected))
     )
     return (
-        f"Over the {shared - 1} steps that all three were timed on, the selection was {both:.2f}x as fast as plain PEFT: "
-        f"{trainer:.2f}x by our trainer alone, {selection:.2f}x by choosing layers."
+        f"Over the {shared - 1} steps that all three were timed on, the selection was {both:.2f}x as fast as plain "
+        f"PEFT: {trainer:.2f}x by our trainer alone, {selection:.2f}x by choosing layers."
     )
 
 

@@ -10,6 +10,7 @@ from aletheia_lora.cli import DEMO, app, main
 from aletheia_lora.data import split, tokenize
 from aletheia_lora.planning import Plan, plan
 from aletheia_lora.run_config import GROUPS, RunConfig
+from aletheia_lora.runs import load_parts
 from families import build
 from tiny_inputs import save_model, word_rows, word_tokenizer
 
@@ -185,6 +186,19 @@ def test_train_writes_an_adapter_by_a_plan_made_before(aletheia, model, data, tm
     printed = aletheia("train", *shared, "--output", tmp_path / "again", "--gradient-accumulation", "2")
     assert "backward stopped at layer 2 (measured)" in printed
     assert names(tmp_path) == {"plan.json", "adapter", "again"}
+
+
+def test_rows_that_are_cut_or_left_out_are_counted_aloud(data):
+    lengths = [len(row["prompt"].split()) for row in word_rows(24)]
+    said, more = [], {"probe_batches": 2, "validation_rows": 4}
+    load_parts(RunConfig(model="any", data=str(data), max_length=7, **more), word_tokenizer(), said.append)
+    dropped = sum(length >= 7 for length in lengths)  # the prompt alone fills the row
+    assert 0 < dropped < 20
+    assert said[1:] == [
+        f"24 of 24 rows were cut to max_length=7, {dropped} left out because no label was left to learn from"
+    ]
+    load_parts(RunConfig(model="any", data=str(data), max_length=64, **more), word_tokenizer(), said.append)
+    assert len(said) == 3
 
 
 def test_train_takes_another_adapter_and_ranks_again_on_the_way(aletheia, model, data, tmp_path):

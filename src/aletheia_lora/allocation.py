@@ -146,7 +146,7 @@ def proportional(anatomy: ModelAnatomy, layers: Sequence[int], options: Allocati
     if params_at(0.0) > limit:
         raise PlanError(
             f"min_rank={options.min_rank} alone takes {params_at(0.0):,} parameters, the budget of uniform rank "
-            f"{options.rank} is {limit:,}. Lower min_rank or raise rank."
+            f"{options.rank} is {limit:,}. Raise rank."
         )
     # The total is a staircase in c. It can only rise where c * score reaches a power of two.
     powers = [2**exponent for exponent in range(max(ceilings).bit_length())]

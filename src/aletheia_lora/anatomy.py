@@ -28,7 +28,6 @@ from .trial import Trial, sees_later_tokens, trial_forward
 Kind = Literal["attention", "mlp", "expert", "mixer"]
 Storage = Literal["linear", "conv1d", "quantized", "stacked"]
 
-KINDS: tuple[Kind, ...] = ("attention", "mlp", "expert", "mixer")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg", "gating", "router_proj"})
 
 

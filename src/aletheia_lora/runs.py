@@ -392,7 +392,7 @@ def load_parts(config: RunConfig, tokenizer: Any, say: Say) -> Parts:
     probe_rows = config.probe_batches * config.probe_batch_size
 
     def tokens(rows: Any) -> TokenizedRows:
-        return tokenize(
+        found = tokenize(
             rows,
             tokenizer,
             max_length=config.max_length,
@@ -400,6 +400,12 @@ def load_parts(config: RunConfig, tokenizer: Any, say: Say) -> Parts:
             prompt_column=config.prompt_column,
             completion_column=config.completion_column,
         )
+        if found.num_truncated or found.num_dropped:
+            say(
+                f"{found.num_truncated} of {len(found) + found.num_dropped} rows were cut to max_length="
+                f"{config.max_length}, {found.num_dropped} left out because no label was left to learn from"
+            )
+        return found
 
     if config.data == EMBEDDED:
         train_rows, validation_rows = split_by_module(standard_library_rows(), seed=config.seed)
