@@ -14,6 +14,7 @@ from aletheia_lora.errors import ConfigError, OutputError, PlanError
 from aletheia_lora.layers import layer_blocks
 from aletheia_lora.loss import heldout_loss, labelled_loss
 from aletheia_lora.training.prefix_cache import PrefixCache, PrefixCacheOptions
+from aletheia_lora.training.prefix_forecast import ExpectedLines
 from aletheia_lora.training.prefix_identity import prefix_key
 from aletheia_lora.training.truncation import Truncation
 from families import CONFIGS, GROUPED_MATMUL, build
@@ -387,17 +388,23 @@ def test_options_that_cannot_be_are_refused(options):
         PrefixCacheOptions(**options)
 
 
+def once(rows, training=True):
+    """Rows that a run will meet, each once."""
+    return [ExpectedLines([[row.numpy()] for row in rows], len(rows), training)]
+
+
 def test_a_short_disk_is_found_before_training(tmp_path, monkeypatch):
     model = adapted("llama").get_base_model()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=(1 << 30) + 1000))
     said = []
+    expected = once([torch.arange(100)])
     with pytest.raises(OutputError, match=r"needs 12\.8 kB .* Store bfloat16 .* fewer .* another folder"):
-        PrefixCache(model, 2, PrefixCacheOptions(folder=tmp_path, say=said.append), num_tokens=100)
+        PrefixCache(model, 2, PrefixCacheOptions(folder=tmp_path, say=said.append), expected=expected)
     assert "at most 12.8 kB for 100 tokens" in said[0]
     assert "forward" not in vars(model)
     monkeypatch.undo()
     with pytest.raises(OutputError, match=r"the limit is 1\.0 kB"):
-        PrefixCache(model, 2, PrefixCacheOptions(folder=tmp_path, max_bytes=1000), num_tokens=100)
+        PrefixCache(model, 2, PrefixCacheOptions(folder=tmp_path, max_bytes=1000), expected=expected)
 
 
 # --- shared between runs --------------------------------------------------------------------------------------------
@@ -416,6 +423,29 @@ def test_a_second_run_starts_with_what_the_first_kept(tmp_path):
         assert_same(visits(again, [padded(rows), padded(rows)]), [plain[0]] * 2, rtol=0, atol=0)
         assert calls == [1, 1, 3, 3]
     assert second.record()["misses"] == 0 and second.record()["hits"] == 8 and second.record()["bytes_written"] == 0
+
+
+def test_only_rows_that_are_still_to_be_written_need_room(tmp_path, monkeypatch):
+    rows, others, model = make_rows(4), make_rows(4, seed=5), adapted("llama")
+    with cached(model, tmp_path) as first:
+        visits(model, [padded(rows)])
+    full, said = first.record()["bytes_held"], []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+
+    def opened(expected, max_bytes):
+        options = PrefixCacheOptions(folder=tmp_path, max_bytes=max_bytes, say=said.append)
+        PrefixCache(adapted("llama").get_base_model(), LOWEST, options, expected=expected).remove()
+
+    opened(once(rows), full)  # neither the full disk nor the reached limit matters
+    size = said[-1].partition("at most ")[2].partition(" for")[0]
+    assert f"{size} of them already there" in said[-1]
+    for expected in (once(others), once(rows, training=False)):  # kept under other names
+        with pytest.raises(OutputError, match="the disk has 0 bytes left"):
+            opened(expected, None)
+        assert "0 bytes of them already there" in said[-1]
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match=rf"besides the {size} that it holds, the limit is"):
+        opened(once([*rows, *others]), full + 1)
 
 
 def test_the_key_is_the_content_of_what_lies_below():

@@ -1,12 +1,17 @@
 """The prefix cache in the trainer: the same losses under every setting, and a record of what it did."""
 
+import re
+
+import numpy as np
 import pytest
 import trl
+from datasets import Dataset
 
 from aletheia_lora.data import tokenize
 from aletheia_lora.errors import ConfigError, PlanError
 from aletheia_lora.planning import plan
-from aletheia_lora.training.prefix_cache import PrefixCacheOptions, expected_tokens
+from aletheia_lora.training.prefix_cache import PrefixCacheOptions
+from aletheia_lora.training.prefix_forecast import expected_lines
 from aletheia_lora.training.run import TrainOptions, train_adapter
 from aletheia_lora.training.trainer import SFTTrainer
 from families import build
@@ -51,10 +56,13 @@ def trained(tmp_path, rows, made, model=None, prefix_cache=None, **changes):
 def test_training_with_the_cache_is_training_without_it(tmp_path, rows, changes):
     made = plan(build("llama"), rows, probe_batches=2, rank=4, allocation="uniform", strategy="last", num_layers=2)
     _, plain = trained(tmp_path, rows, made, **changes)
-    trainer, losses = trained(tmp_path, rows, made, prefix_cache=PrefixCacheOptions(), **changes)
+    said = []
+    trainer, losses = trained(tmp_path, rows, made, prefix_cache=PrefixCacheOptions(say=said.append), **changes)
     assert losses == pytest.approx(plain, abs=2e-5 if not changes.get("bf16") else 2e-2)
     record = trainer.prefix_cache_record
     assert record["turned_off"] is None and record["hits"] > record["misses"] > 0 and record["passed_by"] == {}
+    forecast = int(re.search(r"for (\d+) tokens", said[0])[1]) * 32 * 4  # width, float32
+    assert 0 < record["bytes_held"] <= forecast
     assert trainer.lowest_backward_layer == 2 and trainer.dead_adapters == []
     assert "forward" not in vars(trainer.model.get_base_model().model.layers[0])
 
@@ -94,7 +102,22 @@ def test_a_cache_asked_for_in_vain_is_an_error_before_training(tmp_path, rows):
         TrainOptions(prefix_cache_dir=tmp_path)
 
 
-def test_expected_tokens_count_what_training_meets(rows):
-    data, total = rows.to_dataset(), sum(len(row.input_ids) for row in rows)
-    assert expected_tokens(data, 60) == total and expected_tokens(data, 3) == -(-total // 2)
-    assert expected_tokens(iter([]), 3) is None
+def test_the_forecast_bounds_what_training_meets_whichever_rows_are_drawn(rows):
+    data, lengths = rows.to_dataset(), sorted((len(row.input_ids) for row in rows), reverse=True)
+
+    def tokens(held=lambda row: False, **options):
+        return [lines.num_tokens(held) for lines in expected_lines(data, **options)]
+
+    assert tokens(num_drawn=60) == [sum(lengths), 0] and tokens(num_drawn=3) == [sum(lengths[:3]), 0]
+    assert tokens(num_drawn=3, num_tried=1, evaluated={"a": data, "b": data}) == [
+        sum(lengths[:3]),
+        lengths[0],
+        sum(lengths),
+        sum(lengths),
+    ]
+    longest = max((row.input_ids for row in rows), key=len)
+    assert tokens(lambda row: np.array_equal(row, longest), num_drawn=1)[0] == lengths[1]
+    packed = Dataset.from_dict({"input_ids": [[4, 5, 6, 7], [8, 9]], "seq_lengths": [[1, 3], [2]]})
+    (lines, _) = expected_lines(packed, num_drawn=2)
+    assert [[row.tolist() for row in line] for line in lines.lines] == [[[4], [5, 6, 7]], [[8, 9]]]
+    assert expected_lines(iter([]), num_drawn=3) is None and expected_lines(data, iter([]), num_drawn=3) is None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import shutil
 import tempfile
 from collections import Counter
@@ -28,7 +27,8 @@ from ..errors import ConfigError, PlanError
 from ..files import check_writable, write_json
 from ..layers import embedding_of, layer_blocks
 from .prefix_check import difference, note_output, observed, pass_by_reason, random_state_point, refusal
-from .prefix_identity import BatchRows, batch_rows, prefix_key
+from .prefix_forecast import ExpectedLines, Row
+from .prefix_identity import BatchRows, batch_rows, prefix_key, row_name
 from .prefix_store import DTYPES, PrefixStore, check_room, in_words
 
 DTYPE_NAMES = ("model", "bfloat16")
@@ -67,7 +67,7 @@ class PrefixCache:
         lowest: int,
         options: PrefixCacheOptions,
         *,
-        num_tokens: int | None = None,
+        expected: Sequence[ExpectedLines] | None = None,
         unsupported: str | None = None,
     ) -> None:
         """Open the folder and stand between the model and its layers.
@@ -76,7 +76,8 @@ class PrefixCache:
             base_model: The model inside PEFT's wrapper.
             lowest: Lowest adapted layer, m.
             options: Where and how to keep the states.
-            num_tokens: Tokens to expect, for the forecast; None if not known.
+            expected: What the model will meet, for the forecast; None if not known. Rows are looked up as under the
+                autocast that is on now.
             unsupported: A reason of the caller's to leave the cache off.
 
         Raises:
@@ -107,7 +108,7 @@ class PrefixCache:
             self._turn_off(reason)
             return
         try:
-            self._open(num_tokens)
+            self._open(expected)
             self._install()
         except BaseException:
             self.remove()
@@ -147,7 +148,7 @@ class PrefixCache:
 
     # --- setting up -------------------------------------------------------------------------------------------------
 
-    def _open(self, num_tokens: int | None) -> None:
+    def _open(self, expected: Sequence[ExpectedLines] | None) -> None:
         options = self._options
         if options.folder is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="aletheia-prefix-"))
@@ -157,20 +158,28 @@ class PrefixCache:
         folder = root / key["digest"]
         self._store = PrefixStore(folder, max_bytes=options.max_bytes, keep=options.folder is not None, say=options.say)
         write_json(folder / "key.json", key)
-        held = self._store.total_bytes
-        if num_tokens is None:
-            options.say(f"prefix cache below layer {self._lowest}: holds {in_words(held)}; the rows' number is unknown")
+        total = self._store.total_bytes
+        if expected is None:
+            options.say(
+                f"prefix cache below layer {self._lowest}: holds {in_words(total)}; the rows' number is unknown"
+            )
             return
         weight = embedding_of(self._base).weight
         width = getattr(getattr(self._base, "config", None), "hidden_size", weight.shape[1])
-        item = 2 if options.dtype == "bfloat16" else weight.dtype.itemsize
-        expected = num_tokens * width * item
+        token_bytes = width * (2 if options.dtype == "bfloat16" else weight.dtype.itemsize)
+        num_tokens = sum(lines.num_tokens() for lines in expected)
+        missing = sum(lines.num_tokens(self._held(lines.training)) for lines in expected) if total else num_tokens
         options.say(
-            f"prefix cache below layer {self._lowest}: at most {in_words(expected)} for {num_tokens:,} tokens in "
-            f"{options.dtype} dtype, {in_words(held)} already there"
+            f"prefix cache below layer {self._lowest}: at most {in_words(num_tokens * token_bytes)} for "
+            f"{num_tokens:,} tokens in {options.dtype} dtype, {in_words((num_tokens - missing) * token_bytes)} of them "
+            "already there"
         )
-        check_room(folder, max(expected - held, 0), None)
-        check_room(folder, expected, options.max_bytes)
+        check_room(folder, missing * token_bytes, options.max_bytes, held=total)
+
+    def _held(self, training: bool) -> Callable[[Row], bool]:
+        """Whether a row's states in this mode are kept already."""
+        store, regime = self._opened(), self._regime(training)
+        return lambda row: row_name(row, regime=regime) in store
 
     def _install(self) -> None:
         for depth, layer in enumerate(self._blocks[: self._lowest]):
@@ -203,7 +212,7 @@ class PrefixCache:
             return original(*args, **kwargs)
         run = functools.partial(original, *args, **kwargs)
         input_ids = args[0] if args else kwargs["input_ids"]
-        regime = self._regime()
+        regime = self._regime(self._base.training)
         name = functools.partial(
             batch_rows, input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), regime=regime
         )
@@ -378,11 +387,11 @@ class PrefixCache:
             passed.add(torch.bfloat16)
         return max((TOLERANCE[dtype] for dtype in passed & TOLERANCE.keys()), default=TOLERANCE[torch.float32])
 
-    def _regime(self) -> bytes:
+    def _regime(self, training: bool) -> bytes:
         """What the states of a row depend on besides its tokens and the key: mode and autocast."""
         kind = next(self._base.parameters()).device.type
         autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
-        return f"training {self._base.training}, autocast {autocast}, ".encode()
+        return f"training {training}, autocast {autocast}, ".encode()
 
     # --- small things -----------------------------------------------------------------------------------------------
 
@@ -410,19 +419,6 @@ def check_lowest(lowest: int) -> None:
             "the plan adapts layer 0, so no layer lies below and a prefix cache has nothing to keep. Leave it out, "
             "or choose layers further up."
         )
-
-
-def expected_tokens(dataset: Any, num_rows: int) -> int | None:
-    """Tokens in the rows that training will meet, duplicates and packing counted as they stand; None if not known.
-
-    Args:
-        dataset: Rows with ``input_ids``.
-        num_rows: Rows that training draws, epochs after the first included.
-    """
-    if not hasattr(dataset, "__len__") or "input_ids" not in (getattr(dataset, "column_names", None) or ()):
-        return None
-    total = sum(len(row) for row in dataset["input_ids"])
-    return math.ceil(total * min(1.0, num_rows / max(len(dataset), 1)))
 
 
 class _Enough(Exception):

@@ -25,10 +25,11 @@ from ..planning import Plan
 from ..processes import check_same, digest, gather, is_main, on_any
 from ..quantized import check_gradients_pass, gradients_kept, trainable_format
 from .engine import check_engine, engine_of, in_forward_of, local, sharded_loading
-from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
+from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest
+from .prefix_forecast import expected_lines
 from .rerank import ReRank
 from .truncation import Truncation, backward_depth
-from .unpadded import Unpadded
+from .unpadded import TRIED_ROWS, Unpadded
 
 try:  # TRL's fused head projects labelled positions only where Triton runs; elsewhere it projects all of them
     from trl.kernels.chunked_logprob import _use_triton as trl_skips_unlabelled
@@ -265,18 +266,26 @@ class _Shortcuts(TrainerCallback):
         self.unpadded = Unpadded(base_model, unsupported=reason)
         self.installed.append(self.unpadded)
         if self.trainer.prefix_cache is not None:
-            several = engine.name != "one process" or args.torch_compile
-            cache = PrefixCache(
-                base_model,
-                self.trainer.lowest_layer,
-                self.trainer.prefix_cache,
-                num_tokens=expected_tokens(
-                    self.trainer.train_dataset,
-                    state.max_steps * args.train_batch_size * args.gradient_accumulation_steps,
+            self.installed.append(self._prefix_cache(args, state, self.trainer.prefix_cache))
+
+    def _prefix_cache(self, args: Any, state: Any, options: PrefixCacheOptions) -> PrefixCache:
+        """Open it, with a forecast of what this run will keep."""
+        trainer = self.trainer
+        several = trainer.engine.name != "one process" or args.torch_compile
+        evaluates = args.eval_strategy != "no" or args.eval_on_start
+        with trainer.accelerator.autocast():
+            return PrefixCache(
+                trainer.model.get_base_model(),
+                trainer.lowest_layer,
+                options,
+                expected=expected_lines(
+                    trainer.train_dataset,
+                    trainer.eval_dataset if evaluates else None,
+                    num_drawn=state.max_steps * args.train_batch_size * args.gradient_accumulation_steps,
+                    num_tried=0 if self.unpadded is None or self.unpadded.turned_off else TRIED_ROWS,
                 ),
                 unsupported="it is made for one process on one device, without torch.compile" if several else None,
             )
-            self.installed.append(cache)
 
     def _cut_and_speed_up(self) -> None:
         base_model = self.trainer.model.get_base_model()
