@@ -17,6 +17,7 @@ from aletheia_lora.training.prefix_cache import PrefixCache, PrefixCacheOptions
 from aletheia_lora.training.prefix_forecast import ExpectedLines
 from aletheia_lora.training.prefix_identity import prefix_key
 from aletheia_lora.training.truncation import Truncation
+from aletheia_lora.trial import modules_after
 from families import CONFIGS, GROUPED_MATMUL, build
 
 LOWEST = 2
@@ -377,6 +378,24 @@ def test_a_weight_below_that_trains_is_refused(tmp_path):
     assert "layers.2" in cache.turned_off and "trains" in cache.turned_off
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_final_norm_and_head_may_train_and_a_tied_head_is_the_embedding(tmp_path, family):
+    model = adapted(family)
+    base = model.get_base_model()
+    tied = base.lm_head.weight is base.get_input_embeddings().weight
+    assert tied is (family == "opt")
+    norm = base.model.decoder.final_layer_norm if tied else base.model.norm
+    norm.weight.requires_grad_(True)
+    with cached(model, tmp_path) as cache:
+        visits(model, [padded(make_rows(2))] * 2)
+    assert cache.turned_off is None and cache.record()["hits"] == 2
+    base.lm_head.weight.requires_grad_(True)
+    with cached(model, tmp_path) as cache:
+        visits(model, [padded(make_rows(2))] * 2)
+    assert (cache.turned_off is None and cache.record()["hits"] == 4) is not tied
+    assert not tied or "embed_tokens.weight trains" in cache.turned_off
+
+
 def test_below_layer_0_there_is_nothing_to_keep(tmp_path):
     with pytest.raises(PlanError, match="adapts layer 0"):
         PrefixCache(build("llama"), 0, PrefixCacheOptions(folder=tmp_path))
@@ -452,8 +471,8 @@ def test_the_key_is_the_content_of_what_lies_below():
     model = build("llama")
     blocks = layer_blocks(model)
 
-    def key(lowest=2, storage="model"):
-        return prefix_key(model, blocks, lowest, storage)["digest"]
+    def key(lowest=2, storage="model", top=()):
+        return prefix_key(model, blocks, lowest, storage, top=top)["digest"]
 
     first = key()
     assert key() == first and len({first, key(lowest=3), key(storage="bfloat16")}) == 3
@@ -468,3 +487,12 @@ def test_the_key_is_the_content_of_what_lies_below():
     swapped = key()
     model.config.rms_norm_eps *= 2
     assert key() != swapped
+    top = modules_after(model, [block for layer in blocks for block in layer])
+    assert top == [model.model.norm, model.lm_head]
+    before = key(top=top)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+        model.model.norm.weight += 1
+        assert key(top=top) == before
+        model.model.embed_tokens.weight += 1
+    assert key(top=top) != before

@@ -67,6 +67,15 @@ def test_training_with_the_cache_is_training_without_it(tmp_path, rows, changes)
     assert "forward" not in vars(trainer.model.get_base_model().model.layers[0])
 
 
+def test_a_head_that_trains_does_not_turn_the_cache_off(tmp_path, rows):
+    chosen = {"allocation": "uniform", "strategy": "last", "num_layers": 2, "modules_to_save": ("lm_head",)}
+    made = plan(build("llama"), rows, probe_batches=2, rank=4, **chosen)
+    _, plain = trained(tmp_path, rows, made)
+    trainer, losses = trained(tmp_path, rows, made, prefix_cache=PrefixCacheOptions())
+    assert losses == pytest.approx(plain, abs=2e-5)
+    assert trainer.prefix_cache_record["turned_off"] is None and trainer.prefix_cache_record["hits"] > 0
+
+
 def test_padding_free_training_is_replayed(tmp_path, rows):
     made = plan(build("llama"), rows, probe_batches=2, rank=4, allocation="uniform", strategy="last", num_layers=2)
     changes = {"packing": True, "max_length": 40}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import shutil
 import tempfile
 from collections import Counter
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PlanError
 from ..files import check_writable, write_json
 from ..layers import embedding_of, layer_blocks
+from ..trial import modules_after
 from .prefix_check import difference, note_output, observed, pass_by_reason, random_state_point, refusal
 from .prefix_forecast import ExpectedLines, Row
 from .prefix_identity import BatchRows, batch_rows, prefix_key, row_name
@@ -103,7 +105,8 @@ class PrefixCache:
         self._stop_below = False
         self.turned_off: str | None = None
         """Why nothing is cached, or no longer."""
-        reason = unsupported or refusal(base_model, self._blocks[:lowest], self._blocks[lowest:])
+        self._top = [] if unsupported else modules_after(base_model, itertools.chain(*self._blocks))
+        reason = unsupported or refusal(base_model, self._blocks[:lowest], [*self._blocks[lowest:], self._top])
         if reason is not None:
             self._turn_off(reason)
             return
@@ -154,7 +157,7 @@ class PrefixCache:
             self._scratch = Path(tempfile.mkdtemp(prefix="aletheia-prefix-"))
         root = self._scratch if options.folder is None else check_writable(options.folder)
         assert root is not None
-        key = prefix_key(self._base, self._blocks, self._lowest, options.dtype)
+        key = prefix_key(self._base, self._blocks, self._lowest, options.dtype, top=self._top)
         folder = root / key["digest"]
         self._store = PrefixStore(folder, max_bytes=options.max_bytes, keep=options.folder is not None, say=options.say)
         write_json(folder / "key.json", key)

@@ -108,7 +108,14 @@ def _name(
     return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
-def prefix_key(base_model: Any, blocks: Sequence[Sequence[nn.Module]], lowest: int, storage: str) -> dict[str, Any]:
+def prefix_key(
+    base_model: Any,
+    blocks: Sequence[Sequence[nn.Module]],
+    lowest: int,
+    storage: str,
+    *,
+    top: Sequence[nn.Module] = (),
+) -> dict[str, Any]:
     """What the hidden states below layer ``lowest`` depend on, besides the rows; equal records share a cache.
 
     Args:
@@ -116,6 +123,7 @@ def prefix_key(base_model: Any, blocks: Sequence[Sequence[nn.Module]], lowest: i
         blocks: Its layers, as ``layers.layer_blocks`` finds them.
         lowest: Lowest adapted layer; the weights from there up do not matter.
         storage: The dtype on disk.
+        top: What runs after the last layer only, head and final norm: it does not matter either.
 
     Returns:
         A record of plain JSON types; its ``digest`` is the digest of all the rest.
@@ -127,7 +135,7 @@ def prefix_key(base_model: Any, blocks: Sequence[Sequence[nn.Module]], lowest: i
         "architecture": type(base_model).__name__,
         "config": hashlib.blake2b(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:32],
         "attention": str(getattr(getattr(base_model, "config", None), "_attn_implementation", None)),
-        "weights": _weights_digest(base_model, blocks[:lowest], blocks[lowest:]),
+        "weights": _weights_digest(base_model, blocks[:lowest], [*blocks[lowest:], top]),
         "device": next(base_model.parameters()).device.type,
         "lowest": lowest,
         "storage": storage,
