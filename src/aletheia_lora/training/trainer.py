@@ -312,7 +312,12 @@ class _Shortcuts(TrainerCallback):
         self.trainer.lowest_backward_layer = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop before the update if a gradient is NaN or infinite, also under a finite loss."""
+        """Stop before the update if a gradient is NaN or infinite, also under a finite loss.
+
+        Raises:
+            NonFiniteLossError: Not where a loss scaler (fp16) skips the update by itself: overflow is how it finds its
+                scale. Below a scale of 1 the gradient itself overflows.
+        """
         bad = next(
             (
                 name
@@ -321,7 +326,8 @@ class _Shortcuts(TrainerCallback):
             ),
             None,
         )
-        if on_any(bad is not None):
+        scaler = self.trainer.accelerator.scaler
+        if on_any(bad is not None) and not (scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1):
             raise NonFiniteLossError(
                 f"the gradient of {bad or 'a weight on another process'} in step {state.global_step + 1} is not "
                 "finite; training stopped before the update. Lower the learning rate, or look at the rows of that "
