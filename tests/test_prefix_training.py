@@ -1,6 +1,7 @@
 """The prefix cache in the trainer: the same losses under every setting, and a record of what it did."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -97,6 +98,24 @@ def test_the_record_of_a_training_says_what_the_cache_did(tmp_path, rows):
     assert any(line.startswith("prefix cache below layer 2: at most") for line in said)
     record = train_adapter(build("llama"), word_tokenizer(), made, rows, tmp_path / "b", options)
     assert (record["prefix_cache"]["misses"], record["prefix_cache"]["hits"]) == (0, 12 + tried)
+
+
+def test_a_run_that_meets_no_row_twice_says_that_it_replays_nothing(tmp_path, rows):
+    made = plan(build("llama"), rows, probe_batches=2, rank=4, allocation="uniform", strategy="last", num_layers=2)
+    for steps, epochs in ((3, "one"), (4, "more than one")):
+        options = TrainOptions(steps=steps, batch_size=2, prefix_cache=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            record = train_adapter(build("llama"), word_tokenizer(), made, rows, tmp_path / epochs, options)
+        warned = [str(entry.message) for entry in caught if "meet none of the 6 rows twice" in str(entry.message)]
+        assert len(warned) == (epochs == "one") and all("more than 3 steps" in text for text in warned)
+        kept, card = record["prefix_cache"], (tmp_path / epochs / "README.md").read_text()
+        assert (kept["in_vain"] is not None, kept["hits"] == 0) == ((True, True) if epochs == "one" else (False, False))
+        assert ("were replayed at 0 % of the rows visited" in card) is (epochs == "one")
+    said, folder = [], tmp_path / "kept"
+    options = TrainOptions(steps=3, batch_size=2, prefix_cache=True, prefix_cache_dir=folder)  # for others: no warning
+    train_adapter(build("llama"), word_tokenizer(), made, rows, tmp_path / "shared", options, say=said.append)
+    assert any("meet none of the 6 rows twice" in line for line in said)
 
 
 def test_a_cache_asked_for_in_vain_is_an_error_before_training(tmp_path, rows):

@@ -14,6 +14,7 @@ import functools
 import itertools
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class PrefixCache:
         *,
         expected: Sequence[ExpectedLines] | None = None,
         unsupported: str | None = None,
+        in_vain: str | None = None,
     ) -> None:
         """Open the folder and stand between the model and its layers.
 
@@ -81,6 +83,7 @@ class PrefixCache:
             expected: What the model will meet, for the forecast; None if not known. Rows are looked up as under the
                 autocast that is on now.
             unsupported: A reason of the caller's to leave the cache off.
+            in_vain: Why this run will replay nothing of what it writes, if so: said, and kept on record.
 
         Raises:
             PlanError: If ``lowest`` is 0: there is nothing below.
@@ -103,6 +106,7 @@ class PrefixCache:
         self._states: Tensor | None = None
         self._extras: dict[tuple[int, int], int | None] = {}
         self._stop_below = False
+        self.in_vain = in_vain
         self.turned_off: str | None = None
         """Why nothing is cached, or no longer."""
         self._top = [] if unsupported else modules_after(base_model, itertools.chain(*self._blocks))
@@ -110,6 +114,10 @@ class PrefixCache:
         if reason is not None:
             self._turn_off(reason)
             return
+        if in_vain is not None:
+            options.say(f"prefix cache: {in_vain}")
+            if options.folder is None:
+                warnings.warn(in_vain, stacklevel=2)
         try:
             self._open(expected)
             self._install()
@@ -146,6 +154,7 @@ class PrefixCache:
             "rows_independent": self._independent,
             "largest_difference": max(self._checked.values(), default=None),
             "turned_off": self.turned_off,
+            "in_vain": self.in_vain,
             **(self._store_record(self._store) if self._store is not None else self._closed),
         }
 

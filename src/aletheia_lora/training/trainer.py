@@ -285,6 +285,7 @@ class _Shortcuts(TrainerCallback):
                     num_tried=0 if self.unpadded is None or self.unpadded.turned_off else TRIED_ROWS,
                 ),
                 unsupported="it is made for one process on one device, without torch.compile" if several else None,
+                in_vain=_in_vain(trainer.train_dataset, args, state),
             )
 
     def _cut_and_speed_up(self) -> None:
@@ -360,6 +361,18 @@ def attach_plan(model: Any, plan: Plan, seed: int, *, full_precision: bool = Tru
     """The plan's adapters, on the model itself."""
     options = plan.options.adapter_options
     return attach(model, plan.anatomy, plan.ranks, options, seed=seed, full_precision=full_precision)
+
+
+def _in_vain(rows: Any, args: Any, state: Any) -> str | None:
+    """Why a prefix cache replays nothing of what this run writes, if the run ends within the first epoch."""
+    if state.num_train_epochs > 1 or not hasattr(rows, "__len__"):
+        return None
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
+    return (
+        f"{state.max_steps} steps of {rows_per_step} rows meet none of the {len(rows):,} rows twice, so what the "
+        f"prefix cache writes is not replayed in this run. Take more than {-(-len(rows) // rows_per_step):,} steps, "
+        "share a folder with another run (prefix_cache_dir), or leave the prefix cache out."
+    )
 
 
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:
