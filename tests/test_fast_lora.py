@@ -1,4 +1,5 @@
 import copy
+import gc
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from aletheia_lora.adapter import attach
 from aletheia_lora.adapter_options import AdapterOptions
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
-from aletheia_lora.fast_lora import FastLora, _LoraLinear
+from aletheia_lora.fast_lora import FastLora, _copies, _LoraLinear, adapted_linear
 from families import CONFIGS, GROUPED_MATMUL, build, random_batches
 
 
@@ -92,6 +93,39 @@ def test_nothing_is_kept_for_backward_but_input_and_its_projection():
     shapes = [tuple(tensor.shape) for tensor in kept]
     assert shapes == [(5, 8), (5, 2), (6, 8), (2, 8), (6, 2)]
     assert kept[0].data_ptr() == x.data_ptr()
+
+
+def test_under_autocast_maps_of_one_input_share_its_copy_which_goes_with_it():
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    query, key = (adapted_linear(8, 6, 2, device=device, dtype=torch.float32) for _ in range(2))
+    x, kept = torch.randn(5, 8, requires_grad=True), []
+
+    def run(of_query, of_key):
+        with torch.autocast("cpu", torch.bfloat16):
+            return query(of_query), key(of_key)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        together = run(x, x)
+    inputs = [tensor for tensor in kept if tensor.shape == (5, 8)]
+    assert [tensor.dtype for tensor in inputs] == [torch.bfloat16] * 2
+    assert inputs[0].data_ptr() == inputs[1].data_ptr()
+    (shared,) = torch.autograd.grad(sum(y.float().square().sum() for y in together), x)
+    apart = run(x.detach().clone().requires_grad_(True), x.detach().clone())
+    assert all(torch.equal(left, right) for left, right in zip(together, apart, strict=True))
+    copy_ = x.detach().clone().requires_grad_(True)
+    outputs = run(copy_, copy_.clone())
+    (expected,) = torch.autograd.grad(sum(y.float().square().sum() for y in outputs), copy_)
+    torch.testing.assert_close(shared, expected, rtol=0, atol=0)
+    before = run(x, x)[0]
+    with torch.no_grad():
+        x.mul_(2)
+    assert not torch.equal(run(x, x)[0], before)  # changed in place: cast anew
+    assert len(_copies) >= 1
+    kept.clear()
+    del x, copy_, together, apart, outputs, before, inputs, shared, expected
+    gc.collect()
+    assert len(_copies) == 0
 
 
 def test_double_precision_gradients_agree_with_finite_differences():

@@ -1,10 +1,17 @@
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from aletheia_lora import loss
 from aletheia_lora.errors import DataError
-from aletheia_lora.loss import heldout_loss, labelled_loss
-from families import CONFIGS, build, random_batches
+from aletheia_lora.loss import all_at_once, heldout_loss, labelled_loss
+from families import CONFIGS, ROTARY, build, random_batches
+
+REWORKED = {
+    "capped": lambda: Gemma2Config(**ROTARY, head_dim=8, final_logit_softcapping=2.0),
+    "scaled": lambda: CohereConfig(**ROTARY, logit_scale=0.3),
+    "divided": lambda: GraniteConfig(**ROTARY, logits_scaling=3.0),
+}
 
 
 def frozen(model):
@@ -87,11 +94,55 @@ def test_a_model_that_reworks_its_logits_runs_twice_once_and_draws_the_same_drop
         losses.append(labelled_loss(model, batch).item())
     assert losses[0] == losses[1]
     assert len(runs) == 3
+    assert all_at_once(model) == "the model reworks its logits in a way that is not known"
     torch.manual_seed(3)
     labels = batch.pop("labels")
     logits = capped(**batch).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert losses[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", REWORKED)
+def test_capped_and_scaled_logits_are_made_a_few_at_a_time(kind, dtype, monkeypatch):
+    monkeypatch.setitem(loss.LOGIT_BYTES, "cpu", 4 * 256 * 5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = frozen(AutoModelForCausalLM.from_config(REWORKED[kind]()))
+    model.get_output_embeddings().weight.data *= 20  # logits that a cap bends
+    batch, positions = random_batches(1)[0], []
+
+    def found(value):
+        (gradient,) = torch.autograd.grad(value, model.inputs_seen[-1])
+        return value.detach(), gradient.float()
+
+    truth, true_gradient = found(model(**batch, use_cache=False).loss)  # float32
+    model.to(dtype)
+    model.lm_head.register_forward_hook(lambda module, args, output: positions.append(output.shape[:-1].numel()))
+    for runs in (2, 3):
+        ours, gradient = found(labelled_loss(model, batch))
+        assert positions == [1] * runs and all_at_once(model) is None
+        coarse = dtype == torch.bfloat16
+        torch.testing.assert_close(ours, truth, rtol=2e-2 if coarse else 1e-6, atol=0)
+        difference = (gradient - true_gradient).norm() / true_gradient.norm()
+        assert difference < (5e-2 if coarse else 1e-5)
+
+
+def test_a_cap_that_changes_is_found_anew():
+    model, batch = frozen(build("gemma2")), random_batches(1)[0]
+    model.get_output_embeddings().weight.data *= 20
+    for cap in (30.0, 3.0):
+        model.config.final_logit_softcapping = cap
+        expected = model(**batch, use_cache=False).loss
+        torch.testing.assert_close(labelled_loss(model, batch), expected, rtol=1e-6, atol=0)
+        assert all_at_once(model) is None
+
+
+def test_what_keeps_all_labelled_logits_alive_is_named():
+    model = build("llama")
+    assert all_at_once(model) == "the head trains" and all_at_once(model, frozen=True) is None
+    model.lm_head = type("PackedLinear", (torch.nn.Linear,), {})(32, 256, bias=False)
+    assert all_at_once(model, frozen=True) == "the head runs as PackedLinear and not as a plain Linear"
 
 
 def test_a_head_with_a_bias(monkeypatch):

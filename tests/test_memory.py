@@ -126,6 +126,18 @@ def test_logits_are_never_more_than_a_chunk():
     assert made.logits_all_tokens > 10**9
 
 
+def test_where_a_head_allows_no_chunks_all_labelled_logits_count():
+    model = build("llama")
+    chunked = memory_model(anatomy(model), **SHAPE, model=model)
+    model.lm_head = type("PackedLinear", (torch.nn.Linear,), {})(32, 256, bias=False)
+    whole = memory_model(anatomy(model), **SHAPE, model=model)
+    kept = 2 * SHAPE["num_labelled"] * whole.hidden_per_token
+    assert whole.logits - kept == whole.logits_all_tokens * SHAPE["num_labelled"] // (
+        SHAPE["num_rows"] * SHAPE["length"]
+    )
+    assert whole.logits > chunked.logits
+
+
 def test_weights_count_as_stored_and_shared_ones_once():
     model = build("llama")
     assert stored_bytes(model) >= 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -252,6 +252,24 @@ def test_the_switches_change_the_prediction(measured):
     assert cached.seconds < plain.seconds and cached.uniform_seconds == plain.uniform_seconds
 
 
+def test_a_plan_that_counts_on_a_prefix_cache_says_from_when_on_and_what_the_first_epoch_costs(measured):
+    model, found, result = measured
+    options = PlanOptions(**SMALL, strategy="last", num_layers=2, calibrate=False)
+    plain, cached = (
+        plan_from_probe(found, result, replace(options, **change), model=model)
+        for change in ({}, {"prefix_cache": True})
+    )
+    first, later = plain.selection.predicted_time_share, cached.selection.predicted_time_share
+    assert later < first == pytest.approx(cached.first_epoch_share())
+    assert f"predicted {1 / later:.2f}x from the second epoch on, keeps" in str(cached)
+    assert f"in the first, which fills it, a step is predicted to take {100 * first:.0f} %" in str(cached)
+    loaded = Plan.from_dict(json.loads(json.dumps(cached.to_dict())))
+    assert str(loaded) == str(cached) and str(loaded.with_adapter("ia3")).count("from the second epoch on") == 2
+    assert plain.first_epoch_share() is None and "epoch" not in str(plain)
+    everywhere = plan_from_probe(found, result, replace(options, strategy="all", prefix_cache=True), model=model)
+    assert everywhere.first_epoch_share() is None and "epoch" not in str(everywhere)
+
+
 def test_a_choice_by_counts_predicts_seconds_all_the_same_and_does_not_depend_on_them(measured):
     _, found, result = measured
     slow = replace(result.timing, backward=tuple(tuple(9 * s for s in batch) for batch in result.timing.backward))

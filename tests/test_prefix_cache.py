@@ -14,8 +14,10 @@ from aletheia_lora.errors import ConfigError, OutputError, PlanError
 from aletheia_lora.layers import layer_blocks
 from aletheia_lora.loss import heldout_loss, labelled_loss
 from aletheia_lora.training.prefix_cache import PrefixCache, PrefixCacheOptions
+from aletheia_lora.training.prefix_forecast import ExpectedLines
 from aletheia_lora.training.prefix_identity import prefix_key
 from aletheia_lora.training.truncation import Truncation
+from aletheia_lora.trial import modules_after
 from families import CONFIGS, GROUPED_MATMUL, build
 
 LOWEST = 2
@@ -376,6 +378,24 @@ def test_a_weight_below_that_trains_is_refused(tmp_path):
     assert "layers.2" in cache.turned_off and "trains" in cache.turned_off
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_final_norm_and_head_may_train_and_a_tied_head_is_the_embedding(tmp_path, family):
+    model = adapted(family)
+    base = model.get_base_model()
+    tied = base.lm_head.weight is base.get_input_embeddings().weight
+    assert tied is (family == "opt")
+    norm = base.model.decoder.final_layer_norm if tied else base.model.norm
+    norm.weight.requires_grad_(True)
+    with cached(model, tmp_path) as cache:
+        visits(model, [padded(make_rows(2))] * 2)
+    assert cache.turned_off is None and cache.record()["hits"] == 2
+    base.lm_head.weight.requires_grad_(True)
+    with cached(model, tmp_path) as cache:
+        visits(model, [padded(make_rows(2))] * 2)
+    assert (cache.turned_off is None and cache.record()["hits"] == 4) is not tied
+    assert not tied or "embed_tokens.weight trains" in cache.turned_off
+
+
 def test_below_layer_0_there_is_nothing_to_keep(tmp_path):
     with pytest.raises(PlanError, match="adapts layer 0"):
         PrefixCache(build("llama"), 0, PrefixCacheOptions(folder=tmp_path))
@@ -387,17 +407,23 @@ def test_options_that_cannot_be_are_refused(options):
         PrefixCacheOptions(**options)
 
 
+def once(rows, training=True):
+    """Rows that a run will meet, each once."""
+    return [ExpectedLines([[row.numpy()] for row in rows], len(rows), training)]
+
+
 def test_a_short_disk_is_found_before_training(tmp_path, monkeypatch):
     model = adapted("llama").get_base_model()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=(1 << 30) + 1000))
     said = []
+    expected = once([torch.arange(100)])
     with pytest.raises(OutputError, match=r"needs 12\.8 kB .* Store bfloat16 .* fewer .* another folder"):
-        PrefixCache(model, 2, PrefixCacheOptions(folder=tmp_path, say=said.append), num_tokens=100)
+        PrefixCache(model, 2, PrefixCacheOptions(folder=tmp_path, say=said.append), expected=expected)
     assert "at most 12.8 kB for 100 tokens" in said[0]
     assert "forward" not in vars(model)
     monkeypatch.undo()
     with pytest.raises(OutputError, match=r"the limit is 1\.0 kB"):
-        PrefixCache(model, 2, PrefixCacheOptions(folder=tmp_path, max_bytes=1000), num_tokens=100)
+        PrefixCache(model, 2, PrefixCacheOptions(folder=tmp_path, max_bytes=1000), expected=expected)
 
 
 # --- shared between runs --------------------------------------------------------------------------------------------
@@ -418,12 +444,35 @@ def test_a_second_run_starts_with_what_the_first_kept(tmp_path):
     assert second.record()["misses"] == 0 and second.record()["hits"] == 8 and second.record()["bytes_written"] == 0
 
 
+def test_only_rows_that_are_still_to_be_written_need_room(tmp_path, monkeypatch):
+    rows, others, model = make_rows(4), make_rows(4, seed=5), adapted("llama")
+    with cached(model, tmp_path) as first:
+        visits(model, [padded(rows)])
+    full, said = first.record()["bytes_held"], []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+
+    def opened(expected, max_bytes):
+        options = PrefixCacheOptions(folder=tmp_path, max_bytes=max_bytes, say=said.append)
+        PrefixCache(adapted("llama").get_base_model(), LOWEST, options, expected=expected).remove()
+
+    opened(once(rows), full)  # neither the full disk nor the reached limit matters
+    size = said[-1].partition("at most ")[2].partition(" for")[0]
+    assert f"{size} of them already there" in said[-1]
+    for expected in (once(others), once(rows, training=False)):  # kept under other names
+        with pytest.raises(OutputError, match="the disk has 0 bytes left"):
+            opened(expected, None)
+        assert "0 bytes of them already there" in said[-1]
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match=rf"besides the {size} that it holds, the limit is"):
+        opened(once([*rows, *others]), full + 1)
+
+
 def test_the_key_is_the_content_of_what_lies_below():
     model = build("llama")
     blocks = layer_blocks(model)
 
-    def key(lowest=2, storage="model"):
-        return prefix_key(model, blocks, lowest, storage)["digest"]
+    def key(lowest=2, storage="model", top=()):
+        return prefix_key(model, blocks, lowest, storage, top=top)["digest"]
 
     first = key()
     assert key() == first and len({first, key(lowest=3), key(storage="bfloat16")}) == 3
@@ -438,3 +487,12 @@ def test_the_key_is_the_content_of_what_lies_below():
     swapped = key()
     model.config.rms_norm_eps *= 2
     assert key() != swapped
+    top = modules_after(model, [block for layer in blocks for block in layer])
+    assert top == [model.model.norm, model.lm_head]
+    before = key(top=top)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+        model.model.norm.weight += 1
+        assert key(top=top) == before
+        model.model.embed_tokens.weight += 1
+    assert key(top=top) != before

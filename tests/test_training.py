@@ -205,6 +205,32 @@ def test_a_nan_loss_stops_before_the_update(tmp_path, rows, tokenizer):
     assert not trainer._shortcuts.installed
 
 
+@pytest.mark.parametrize(("scale", "overflows_in"), [(8.0, {1}), (1.0, {1, 2, 3})])
+def test_a_loss_scaler_skips_an_overflow_until_its_scale_is_not_the_reason(
+    tmp_path, rows, tokenizer, scale, overflows_in
+):
+    made = made_plan(rows, strategy="last", num_layers=2)
+    args = trl.SFTConfig(**settings(tmp_path, max_grad_norm=0.0), gradient_checkpointing=False, bf16=False)
+    trainer = SFTTrainer(build("llama"), args, plan=made, train_dataset=rows, processing_class=tokenizer)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # as fp16 sets it up on a GPU
+    weight = next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)
+    found = []
+
+    class Look(trl.trainer.sft_trainer.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            found.append(weight.detach().clone())
+
+    weight.register_hook(lambda g: torch.full_like(g, torch.inf) if trainer.state.global_step in overflows_in else g)
+    trainer.add_callback(Look())
+    if len(overflows_in) == 1:
+        trainer.train()
+        assert len(logged(trainer)) == STEPS and trainer.accelerator.scaler.get_scale() == scale / 2
+        assert torch.equal(found[1], found[2]) and not torch.equal(found[2], found[3])
+    else:
+        with pytest.raises(NonFiniteLossError, match=r"the gradient of .* in step 3 is not finite"):
+            trainer.train()
+
+
 def test_a_plan_for_another_model_is_refused(tmp_path, rows, tokenizer):
     made = made_plan(rows)
     with pytest.raises(PlanError, match="this plan was made for LlamaForCausalLM"):

@@ -6,7 +6,8 @@ With x the input, W the frozen weight, A and B the adapter and s = alpha / rank:
     dh = s dy B,  dB = s dy^T h,  dA = dh^T x,  dx = dy W + dh A    backward
 
 PEFT writes h B^T, its scaled copy and the sum to memory one after the other, forward and again backward. Here both
-sums are made in place by the matrix products that add to them, and nothing is kept but x and h.
+sums are made in place by the matrix products that add to them, and nothing is kept but x and h. Maps that read one
+input (query, key and value; gate and up) share its copy where autocast wants another dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
+
+_copies = WeakTensorKeyDictionary()  # input of adapted maps -> (its version, its copy in autocast's dtype)
 
 
 class FastLora:
@@ -137,6 +141,17 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return output
 
 
+def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, made once for all maps that read ``x``, and kept no longer than it or their graph."""
+    if x.dtype == dtype or x.is_inference() or torch.compiler.is_compiling():
+        return x.to(dtype)
+    known: tuple[int, Tensor] | None = _copies.get(x)
+    if known is None or known[0] != x._version or known[1].dtype != dtype:
+        known = x._version, x.to(dtype)
+        _copies[x] = known
+    return known[1]
+
+
 class _LoraLinear(torch.autograd.Function):
     """A frozen linear map and its adapter; computes in ``dtype``, returns adapter gradients in the adapter's own."""
 
@@ -152,7 +167,7 @@ class _LoraLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         """(..., in) -> (..., out) in ``dtype``."""
-        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
+        x_TI = _cast_once(x, dtype).reshape(-1, x.shape[-1])
         bias_O = None if bias_O is None else bias_O.to(dtype)
         y_TO = functional.linear(x_TI, weight_OI.to(dtype), bias_O)
         h_TR = x_TI @ a_RI.T.to(dtype)

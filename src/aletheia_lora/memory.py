@@ -24,7 +24,7 @@ from .anatomy import LayerAnatomy, ModelAnatomy, is_quantized, linear_shape
 from .cost import Ranks
 from .errors import PlanError
 from .layers import embedding_of, layer_blocks
-from .loss import LOGIT_BYTES
+from .loss import LOGIT_BYTES, all_at_once
 from .quantized import KEEPS_INPUT, plain_tensors, state_tensors
 
 Activations = Literal["traced", "run", "formula"]
@@ -66,7 +66,8 @@ class MemoryModel:
     working: int
     """What is in use for a moment inside one layer, forward or backward; of packed weights one matrix, unpacked."""
     logits: int
-    """Head and loss of the labelled tokens: one chunk of logits, and the hidden states' gradient."""
+    """Head and loss of the labelled tokens: one chunk of logits (all of them where the head allows no chunks), and the
+    hidden states' gradient."""
     logits_all_tokens: int
     """The same when logits of all tokens are alive at once."""
     hidden_per_token: int
@@ -210,13 +211,16 @@ def memory_model(
     hidden_per_token = anatomy.hidden_size * dtype.itemsize
     chunk = LOGIT_BYTES["cpu" if model is not None and embedding_of(model).weight.device.type == "cpu" else "cuda"]
     logit_bytes = anatomy.vocab_size * (dtype.itemsize + 4 * LOGIT_COPIES)
+    logits = min(chunk, num_labelled * anatomy.vocab_size * 4)
+    if model is not None and all_at_once(model, frozen=True) is not None:
+        logits = num_labelled * logit_bytes
     return MemoryModel(
         layers=layers,
         adapter_params=tuple(sum(m.adapter_params(1) for m in layer.modules) for layer in anatomy.layers),
         weights=anatomy.num_params * dtype.itemsize if weights is None else weights,
         hidden=tokens * hidden_per_token,
         working=WORKING_COPIES * tokens * widest * dtype.itemsize + unpacked,
-        logits=min(chunk, num_labelled * anatomy.vocab_size * 4) + 2 * num_labelled * hidden_per_token,
+        logits=logits + 2 * num_labelled * hidden_per_token,
         logits_all_tokens=tokens * logit_bytes,
         hidden_per_token=hidden_per_token,
         activations=how,

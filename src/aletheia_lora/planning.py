@@ -127,9 +127,16 @@ class Plan:
 
     def __str__(self) -> str:
         """Which layers, why, what it costs; a few lines for a person."""
-        lines = [f"{self.anatomy.architecture}: {self.selection.describe()}"]
+        lines = [f"{self.anatomy.architecture}: {self.selection.describe(self.predicted_when)}"]
         if self.prediction is not None:
             lines.append(self.prediction.describe())
+        first = self.first_epoch_share()
+        if first is not None:
+            lines.append(
+                "prefix cache: choice, speed and time are of steps that replay it, from the second epoch on; in the "
+                f"first, which fills it, a step is predicted to take {100 * first:.0f} % of uniform LoRA's "
+                f"({1 / first:.2f}x)"
+            )
         if self.probe is not None:
             overlap = self.probe.split_half_overlap()
             lines.append(
@@ -154,6 +161,23 @@ class Plan:
         if self.selection.lowest == 0:
             lines.append("layer 0 is among them, so backward runs through the whole model and little time is saved")
         return "\n".join(lines)
+
+    @property
+    def predicted_when(self) -> str:
+        """Of which steps choice and prediction are: with a prefix cache of those that replay it, else of all."""
+        return " from the second epoch on" if self.options.prefix_cache and self.selection.lowest > 0 else ""
+
+    def first_epoch_share(self) -> float | None:
+        """Predicted time of a step that fills the prefix cache, as a share of uniform LoRA's; None if unknown."""
+        if not self.predicted_when or self.probe is None:
+            return None
+        rank = mean_ranks(self.anatomy, with_params("lora", self.anatomy, self.ranks))
+        return probe_cost(self.anatomy, self.probe, self.options.batch_size, calibrate=self.options.calibrate).share(
+            rank,
+            rank=rank,
+            uniform_rank=self.options.rank,
+            checkpointing=self.options.gradient_checkpointing,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types."""

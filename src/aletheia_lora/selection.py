@@ -112,11 +112,11 @@ class LayerSelection:
         """m, the lowest chosen layer: backward stops there."""
         return self.layers[0]
 
-    def describe(self) -> str:
-        """One sentence for people."""
+    def describe(self, when: str = "") -> str:
+        """One sentence for people; ``when`` says of which steps the speed is, where not of all."""
         stop = f"backward stops at {self.lowest}" if self.lowest else "backward runs to the first layer"
         known = not math.isnan(self.predicted_time_share)
-        speed = f"predicted {1 / self.predicted_time_share:.2f}x" if known else "speed not predicted"
+        speed = f"predicted {1 / self.predicted_time_share:.2f}x{when}" if known else "speed not predicted"
         kept = "score unknown" if math.isnan(self.score_share) else f"keeps {100 * self.score_share:.0f} % of the score"
         noun = "layers" if len(self.layers) > 1 else "layer"
         return f"{noun} {_ranges(self.layers)}, {stop}, {speed}, {kept}"

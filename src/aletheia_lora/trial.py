@@ -100,6 +100,30 @@ def sees_later_tokens(model: nn.Module, text_config: Any) -> bool:
         return False
 
 
+def modules_after(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules that begin only when the last of the layers has ended, with all inside them: final norm and head.
+
+    Seen in a forward over a few tokens; none where it could not run. What is inside a module that runs before counts
+    as after only if it runs by itself: a tied weight stays where the embedding has it.
+    """
+    begun: list[int] = []
+    ends: list[int] = []
+    handles = [m.register_forward_pre_hook(lambda module, _args: begun.append(id(module))) for m in model.modules()]
+    handles += [m.register_forward_hook(lambda *_: ends.append(len(begun))) for m in layers]
+    try:
+        with _trial(model, training=False), torch.no_grad():
+            input_ids = _trial_tokens(model, None)
+            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+    except Exception:  # whatever a foreign forward raises: nothing was shown
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+    early = set(begun[: ends[-1]]) if ends else set(begun)
+    late = {id(inner) for m in model.modules() if id(m) in {*begun} - early for inner in m.modules()}
+    return [module for module in model.modules() if id(module) in late - early]
+
+
 def _trial_tokens(model: nn.Module, text_config: Any) -> torch.Tensor:
     """A row of different token ids, (1, TRIAL_TOKENS), where the input embedding lies."""
     weight = embedding_of(model).weight

@@ -60,7 +60,7 @@ def make_record(
         },
         "selection": {
             **plan.selection.to_dict(),
-            "describe": plan.selection.describe(),
+            "describe": plan.selection.describe(plan.predicted_when),
             "lowest": plan.selection.lowest,
         },
         "pareto": [

@@ -82,7 +82,7 @@ def _origin(record: Mapping[str, Any]) -> list[str]:
 
 def _choice(plan: Plan) -> list[str]:
     facts = [
-        f"{plan.selection.describe()}",
+        plan.selection.describe(plan.predicted_when),
         f"strategy {_code(plan.options.strategy)} on score {_code(plan.options.score)}; "
         f"ranks by {_code(plan.options.allocation)}",
     ]
@@ -196,7 +196,8 @@ def _cost(plan: Plan, record: Mapping[str, Any]) -> list[str]:
         facts.append(plan.prediction.describe())
     if not math.isnan(plan.selection.predicted_time_share):
         facts.append(
-            f"predicted: {plan.selection.predicted_time_share:.2f} of the step time of uniform LoRA, not measured here"
+            f"predicted{plan.predicted_when}: {plan.selection.predicted_time_share:.2f} of the step time of uniform "
+            "LoRA, not measured here"
         )
     if record["probe_seconds"] is not None:
         facts.append(f"the probe took {record['probe_seconds']:.1f} s")
@@ -216,8 +217,10 @@ def _training(record: Mapping[str, Any]) -> list[str]:
     ]
     if losses:
         facts.append(f"loss of the training batches: {losses[0]:.4f} first, {losses[-1]:.4f} last")
-    if record["prefix_cache"] is not None:
-        facts.append("layers below the lowest adapted one ran once a row and were replayed later")
+    cache = record["prefix_cache"]
+    if cache is not None:
+        replayed = cache["hits"] / max(cache["hits"] + cache["misses"], 1)
+        facts.append(f"layers below the lowest adapted one were replayed at {100 * replayed:.0f} % of the rows visited")
     return facts
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
+import itertools
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PlanError
 from ..files import check_writable, write_json
 from ..layers import embedding_of, layer_blocks
+from ..trial import modules_after
 from .prefix_check import difference, note_output, observed, pass_by_reason, random_state_point, refusal
-from .prefix_identity import BatchRows, batch_rows, prefix_key
+from .prefix_forecast import ExpectedLines, Row
+from .prefix_identity import BatchRows, batch_rows, prefix_key, row_name
 from .prefix_store import DTYPES, PrefixStore, check_room, in_words
 
 DTYPE_NAMES = ("model", "bfloat16")
@@ -67,8 +70,9 @@ class PrefixCache:
         lowest: int,
         options: PrefixCacheOptions,
         *,
-        num_tokens: int | None = None,
+        expected: Sequence[ExpectedLines] | None = None,
         unsupported: str | None = None,
+        in_vain: str | None = None,
     ) -> None:
         """Open the folder and stand between the model and its layers.
 
@@ -76,8 +80,10 @@ class PrefixCache:
             base_model: The model inside PEFT's wrapper.
             lowest: Lowest adapted layer, m.
             options: Where and how to keep the states.
-            num_tokens: Tokens to expect, for the forecast; None if not known.
+            expected: What the model will meet, for the forecast; None if not known. Rows are looked up as under the
+                autocast that is on now.
             unsupported: A reason of the caller's to leave the cache off.
+            in_vain: Why this run will replay nothing of what it writes, if so: said, and kept on record.
 
         Raises:
             PlanError: If ``lowest`` is 0: there is nothing below.
@@ -100,14 +106,20 @@ class PrefixCache:
         self._states: Tensor | None = None
         self._extras: dict[tuple[int, int], int | None] = {}
         self._stop_below = False
+        self.in_vain = in_vain
         self.turned_off: str | None = None
         """Why nothing is cached, or no longer."""
-        reason = unsupported or refusal(base_model, self._blocks[:lowest], self._blocks[lowest:])
+        self._top = [] if unsupported else modules_after(base_model, itertools.chain(*self._blocks))
+        reason = unsupported or refusal(base_model, self._blocks[:lowest], [*self._blocks[lowest:], self._top])
         if reason is not None:
             self._turn_off(reason)
             return
+        if in_vain is not None:
+            options.say(f"prefix cache: {in_vain}")
+            if options.folder is None:
+                warnings.warn(in_vain, stacklevel=2)
         try:
-            self._open(num_tokens)
+            self._open(expected)
             self._install()
         except BaseException:
             self.remove()
@@ -142,35 +154,44 @@ class PrefixCache:
             "rows_independent": self._independent,
             "largest_difference": max(self._checked.values(), default=None),
             "turned_off": self.turned_off,
+            "in_vain": self.in_vain,
             **(self._store_record(self._store) if self._store is not None else self._closed),
         }
 
     # --- setting up -------------------------------------------------------------------------------------------------
 
-    def _open(self, num_tokens: int | None) -> None:
+    def _open(self, expected: Sequence[ExpectedLines] | None) -> None:
         options = self._options
         if options.folder is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="aletheia-prefix-"))
         root = self._scratch if options.folder is None else check_writable(options.folder)
         assert root is not None
-        key = prefix_key(self._base, self._blocks, self._lowest, options.dtype)
+        key = prefix_key(self._base, self._blocks, self._lowest, options.dtype, top=self._top)
         folder = root / key["digest"]
         self._store = PrefixStore(folder, max_bytes=options.max_bytes, keep=options.folder is not None, say=options.say)
         write_json(folder / "key.json", key)
-        held = self._store.total_bytes
-        if num_tokens is None:
-            options.say(f"prefix cache below layer {self._lowest}: holds {in_words(held)}; the rows' number is unknown")
+        total = self._store.total_bytes
+        if expected is None:
+            options.say(
+                f"prefix cache below layer {self._lowest}: holds {in_words(total)}; the rows' number is unknown"
+            )
             return
         weight = embedding_of(self._base).weight
         width = getattr(getattr(self._base, "config", None), "hidden_size", weight.shape[1])
-        item = 2 if options.dtype == "bfloat16" else weight.dtype.itemsize
-        expected = num_tokens * width * item
+        token_bytes = width * (2 if options.dtype == "bfloat16" else weight.dtype.itemsize)
+        num_tokens = sum(lines.num_tokens() for lines in expected)
+        missing = sum(lines.num_tokens(self._held(lines.training)) for lines in expected) if total else num_tokens
         options.say(
-            f"prefix cache below layer {self._lowest}: at most {in_words(expected)} for {num_tokens:,} tokens in "
-            f"{options.dtype} dtype, {in_words(held)} already there"
+            f"prefix cache below layer {self._lowest}: at most {in_words(num_tokens * token_bytes)} for "
+            f"{num_tokens:,} tokens in {options.dtype} dtype, {in_words((num_tokens - missing) * token_bytes)} of them "
+            "already there"
         )
-        check_room(folder, max(expected - held, 0), None)
-        check_room(folder, expected, options.max_bytes)
+        check_room(folder, missing * token_bytes, options.max_bytes, held=total)
+
+    def _held(self, training: bool) -> Callable[[Row], bool]:
+        """Whether a row's states in this mode are kept already."""
+        store, regime = self._opened(), self._regime(training)
+        return lambda row: row_name(row, regime=regime) in store
 
     def _install(self) -> None:
         for depth, layer in enumerate(self._blocks[: self._lowest]):
@@ -203,7 +224,7 @@ class PrefixCache:
             return original(*args, **kwargs)
         run = functools.partial(original, *args, **kwargs)
         input_ids = args[0] if args else kwargs["input_ids"]
-        regime = self._regime()
+        regime = self._regime(self._base.training)
         name = functools.partial(
             batch_rows, input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), regime=regime
         )
@@ -378,11 +399,11 @@ class PrefixCache:
             passed.add(torch.bfloat16)
         return max((TOLERANCE[dtype] for dtype in passed & TOLERANCE.keys()), default=TOLERANCE[torch.float32])
 
-    def _regime(self) -> bytes:
+    def _regime(self, training: bool) -> bytes:
         """What the states of a row depend on besides its tokens and the key: mode and autocast."""
         kind = next(self._base.parameters()).device.type
         autocast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off"
-        return f"training {self._base.training}, autocast {autocast}, ".encode()
+        return f"training {training}, autocast {autocast}, ".encode()
 
     # --- small things -----------------------------------------------------------------------------------------------
 
@@ -410,19 +431,6 @@ def check_lowest(lowest: int) -> None:
             "the plan adapts layer 0, so no layer lies below and a prefix cache has nothing to keep. Leave it out, "
             "or choose layers further up."
         )
-
-
-def expected_tokens(dataset: Any, num_rows: int) -> int | None:
-    """Tokens in the rows that training will meet, duplicates and packing counted as they stand; None if not known.
-
-    Args:
-        dataset: Rows with ``input_ids``.
-        num_rows: Rows that training draws, epochs after the first included.
-    """
-    if not hasattr(dataset, "__len__") or "input_ids" not in (getattr(dataset, "column_names", None) or ()):
-        return None
-    total = sum(len(row) for row in dataset["input_ids"])
-    return math.ceil(total * min(1.0, num_rows / max(len(dataset), 1)))
 
 
 class _Enough(Exception):

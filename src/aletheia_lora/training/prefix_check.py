@@ -34,7 +34,7 @@ def refusal(base_model: Any, below: Sequence[Sequence[nn.Module]], above: Sequen
     Args:
         base_model: The model inside PEFT's wrapper.
         below: Layers whose output would be kept.
-        above: The others, which may be random and may train.
+        above: The others and what runs after them, which may be random and may train.
     """
     lower = {id(module) for layer in below for block in layer for module in block.modules()}
     upper = {id(module) for layer in above for block in layer for module in block.modules()} - lower

@@ -76,10 +76,8 @@ def batch_rows(
                 where = row - row[0] if independent and position_ids is None else positions_BT[line, row]
                 # At column 0 a model's own positions are the same as given ones; elsewhere it may count otherwise.
                 own = position_ids is None and row[0] > 0 and not independent
-                parts = [regime, b" own " if own else b" given ", len(row).to_bytes(8, "little")]
-                parts.append(ids_BT[line, row].tobytes())
-                parts += [where.astype(np.int64).tobytes(), b"" if independent else row.astype(np.int64).tobytes()]
-                names.append(hashlib.blake2b(b"".join(parts), digest_size=16).digest())
+                places = None if independent else row
+                names.append(_name(ids_BT[line, row], where, places, regime=regime, own=own))
                 rows.append(row + line * ids_BT.shape[1])
     lengths = tuple(len(row) for row in rows)
     moved = [number for number, row in enumerate(rows) if row[0] % ids_BT.shape[1]]
@@ -91,7 +89,33 @@ def batch_rows(
     )
 
 
-def prefix_key(base_model: Any, blocks: Sequence[Sequence[nn.Module]], lowest: int, storage: str) -> dict[str, Any]:
+def row_name(ids_N: npt.NDArray[np.int64], *, regime: bytes) -> bytes:
+    """The name that :func:`batch_rows` gives a row whose states do not depend on where it stands."""
+    return _name(ids_N, np.arange(len(ids_N)), None, regime=regime, own=False)
+
+
+def _name(
+    ids_N: npt.NDArray[np.int64],
+    positions_N: npt.NDArray[Any],
+    columns_N: npt.NDArray[Any] | None,
+    *,
+    regime: bytes,
+    own: bool,
+) -> bytes:
+    parts = [regime, b" own " if own else b" given ", len(ids_N).to_bytes(8, "little"), ids_N.tobytes()]
+    parts.append(positions_N.astype(np.int64).tobytes())
+    parts.append(b"" if columns_N is None else columns_N.astype(np.int64).tobytes())
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+
+
+def prefix_key(
+    base_model: Any,
+    blocks: Sequence[Sequence[nn.Module]],
+    lowest: int,
+    storage: str,
+    *,
+    top: Sequence[nn.Module] = (),
+) -> dict[str, Any]:
     """What the hidden states below layer ``lowest`` depend on, besides the rows; equal records share a cache.
 
     Args:
@@ -99,6 +123,7 @@ def prefix_key(base_model: Any, blocks: Sequence[Sequence[nn.Module]], lowest: i
         blocks: Its layers, as ``layers.layer_blocks`` finds them.
         lowest: Lowest adapted layer; the weights from there up do not matter.
         storage: The dtype on disk.
+        top: What runs after the last layer only, head and final norm: it does not matter either.
 
     Returns:
         A record of plain JSON types; its ``digest`` is the digest of all the rest.
@@ -110,7 +135,7 @@ def prefix_key(base_model: Any, blocks: Sequence[Sequence[nn.Module]], lowest: i
         "architecture": type(base_model).__name__,
         "config": hashlib.blake2b(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:32],
         "attention": str(getattr(getattr(base_model, "config", None), "_attn_implementation", None)),
-        "weights": _weights_digest(base_model, blocks[:lowest], blocks[lowest:]),
+        "weights": _weights_digest(base_model, blocks[:lowest], [*blocks[lowest:], top]),
         "device": next(base_model.parameters()).device.type,
         "lowest": lowest,
         "storage": storage,

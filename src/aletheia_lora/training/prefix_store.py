@@ -285,21 +285,25 @@ class PrefixStore:
         self._say(f"{reason}; rows kept so far are used, others are computed each time")
 
 
-def check_room(folder: Path, num_bytes: int, max_bytes: int | None) -> None:
+def check_room(folder: Path, num_bytes: int, max_bytes: int | None, *, held: int = 0) -> None:
     """Refuse a cache that will not fit, before anything is computed.
 
     Args:
         folder: Where it will be; need not exist yet.
-        num_bytes: Bytes still to be written.
-        max_bytes: The caller's limit, if any.
+        num_bytes: Bytes still to be written; if there are none, nothing is refused.
+        max_bytes: The caller's limit on all that the folder holds, if any.
+        held: Bytes that it holds already.
 
     Raises:
-        OutputError: If ``num_bytes`` is over the limit, or would leave the disk less than ``FREE_BYTES``.
+        OutputError: If ``num_bytes`` would take the folder over the limit, or leave the disk less than ``FREE_BYTES``.
     """
+    if num_bytes == 0:
+        return
     advice = "Store bfloat16 (prefix_cache_dtype), train on fewer or shorter rows, or name another folder."
-    if max_bytes is not None and num_bytes > max_bytes:
+    if max_bytes is not None and held + num_bytes > max_bytes:
+        besides = f" besides the {in_words(held)} that it holds" if held else ""
         raise OutputError(
-            f"the prefix cache needs {in_words(num_bytes)}, the limit is {in_words(max_bytes)}. {advice} "
+            f"the prefix cache needs {in_words(num_bytes)}{besides}, the limit is {in_words(max_bytes)}. {advice} "
             "Or raise the limit."
         )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -27,6 +27,7 @@ from ..data import TokenizedRows
 from ..environment import environment
 from ..errors import ConfigError, DataError
 from ..files import check_output, whole_folder, write_bytes, write_json
+from ..loss import all_at_once
 from ..placement import input_device
 from ..planning import Plan
 from ..processes import digest, on_main, together, world_size
@@ -299,6 +300,7 @@ def _record(trainer: SFTTrainer, options: TrainOptions, seconds: float, rows: To
         "dead_adapters": trainer.dead_adapters,
         "slow_adapters": trainer.slow_adapters,
         "padding": trainer.padding_record,
+        "all_labelled_logits": all_at_once(trainer.model),
         "engine": {
             "name": trainer.engine.name,
             "num_processes": trainer.engine.num_processes,

@@ -25,10 +25,11 @@ from ..planning import Plan
 from ..processes import check_same, digest, gather, is_main, on_any
 from ..quantized import check_gradients_pass, gradients_kept, trainable_format
 from .engine import check_engine, engine_of, in_forward_of, local, sharded_loading
-from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest, expected_tokens
+from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest
+from .prefix_forecast import expected_lines
 from .rerank import ReRank
 from .truncation import Truncation, backward_depth
-from .unpadded import Unpadded
+from .unpadded import TRIED_ROWS, Unpadded
 
 try:  # TRL's fused head projects labelled positions only where Triton runs; elsewhere it projects all of them
     from trl.kernels.chunked_logprob import _use_triton as trl_skips_unlabelled
@@ -265,18 +266,27 @@ class _Shortcuts(TrainerCallback):
         self.unpadded = Unpadded(base_model, unsupported=reason)
         self.installed.append(self.unpadded)
         if self.trainer.prefix_cache is not None:
-            several = engine.name != "one process" or args.torch_compile
-            cache = PrefixCache(
-                base_model,
-                self.trainer.lowest_layer,
-                self.trainer.prefix_cache,
-                num_tokens=expected_tokens(
-                    self.trainer.train_dataset,
-                    state.max_steps * args.train_batch_size * args.gradient_accumulation_steps,
+            self.installed.append(self._prefix_cache(args, state, self.trainer.prefix_cache))
+
+    def _prefix_cache(self, args: Any, state: Any, options: PrefixCacheOptions) -> PrefixCache:
+        """Open it, with a forecast of what this run will keep."""
+        trainer = self.trainer
+        several = trainer.engine.name != "one process" or args.torch_compile
+        evaluates = args.eval_strategy != "no" or args.eval_on_start
+        with trainer.accelerator.autocast():
+            return PrefixCache(
+                trainer.model.get_base_model(),
+                trainer.lowest_layer,
+                options,
+                expected=expected_lines(
+                    trainer.train_dataset,
+                    trainer.eval_dataset if evaluates else None,
+                    num_drawn=state.max_steps * args.train_batch_size * args.gradient_accumulation_steps,
+                    num_tried=0 if self.unpadded is None or self.unpadded.turned_off else TRIED_ROWS,
                 ),
                 unsupported="it is made for one process on one device, without torch.compile" if several else None,
+                in_vain=_in_vain(trainer.train_dataset, args, state),
             )
-            self.installed.append(cache)
 
     def _cut_and_speed_up(self) -> None:
         base_model = self.trainer.model.get_base_model()
@@ -303,7 +313,12 @@ class _Shortcuts(TrainerCallback):
         self.trainer.lowest_backward_layer = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop before the update if a gradient is NaN or infinite, also under a finite loss."""
+        """Stop before the update if a gradient is NaN or infinite, also under a finite loss.
+
+        Raises:
+            NonFiniteLossError: Not where a loss scaler (fp16) skips the update by itself: overflow is how it finds its
+                scale. Below a scale of 1 the gradient itself overflows.
+        """
         bad = next(
             (
                 name
@@ -312,7 +327,8 @@ class _Shortcuts(TrainerCallback):
             ),
             None,
         )
-        if on_any(bad is not None):
+        scaler = self.trainer.accelerator.scaler
+        if on_any(bad is not None) and not (scaler is not None and scaler.is_enabled() and scaler.get_scale() >= 1):
             raise NonFiniteLossError(
                 f"the gradient of {bad or 'a weight on another process'} in step {state.global_step + 1} is not "
                 "finite; training stopped before the update. Lower the learning rate, or look at the rows of that "
@@ -345,6 +361,18 @@ def attach_plan(model: Any, plan: Plan, seed: int, *, full_precision: bool = Tru
     """The plan's adapters, on the model itself."""
     options = plan.options.adapter_options
     return attach(model, plan.anatomy, plan.ranks, options, seed=seed, full_precision=full_precision)
+
+
+def _in_vain(rows: Any, args: Any, state: Any) -> str | None:
+    """Why a prefix cache replays nothing of what this run writes, if the run ends within the first epoch."""
+    if state.num_train_epochs > 1 or not hasattr(rows, "__len__"):
+        return None
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
+    return (
+        f"{state.max_steps} steps of {rows_per_step} rows meet none of the {len(rows):,} rows twice, so what the "
+        f"prefix cache writes is not replayed in this run. Take more than {-(-len(rows) // rows_per_step):,} steps, "
+        "share a folder with another run (prefix_cache_dir), or leave the prefix cache out."
+    )
 
 
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:

@@ -25,6 +25,8 @@ ROW_BY_ROW = "aletheia_row_by_row"
 """Name of our attention among those of transformers, while training runs."""
 WORTH_IT = 0.05
 """Share of padding in a batch below which it is left as it is."""
+TRIED_ROWS = 2
+"""Rows that go through the model both ways, in eval mode."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Relative difference of a mean loss that rounding explains; rows that see each other are far above."""
 
@@ -126,7 +128,7 @@ def _has_rows(batch: Mapping[str, Any]) -> bool:
 def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str | None:
     """Why the model does not compute the same without padding, tried on the two shortest rows; None if it does."""
     lengths = batch["attention_mask"].sum(dim=1)
-    rows = lengths.argsort(descending=True)[-2:]
+    rows = lengths.argsort(descending=True)[-TRIED_ROWS:]
     width = int(lengths[rows].max())
     real = batch["attention_mask"][rows].bool()
     columns = slice(0, width) if bool(real[:, 0].all()) else slice(real.shape[1] - width, None)
