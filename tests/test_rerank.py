@@ -378,6 +378,10 @@ def test_what_cannot_be_re_ranked_is_refused_with_the_reason(tmp_path, inputs):
         ReRank(replace(made, options=replace(made.options, score="random")), parts.probe, every=1)
     with pytest.raises(PlanError, match="vera has one rank for all modules"):
         ReRank(made.with_adapter("vera"), parts.probe, every=1, change=True)
+    rewriting = replace(made, options=replace(made.options, init_lora_weights="pissa"))
+    with pytest.raises(PlanError, match="init_lora_weights='pissa' would rewrite the frozen weights"):
+        ReRank(rewriting, parts.probe, every=1, change=True)
+    assert ReRank(rewriting, parts.probe, every=1).every == 1
     rerank = ReRank(made, parts.probe, every=1, change=True, say=lambda line: None)
     args = trl.SFTConfig(**settings(tmp_path, gradient_checkpointing=False, bf16=False))
     trainer = SFTTrainer(

@@ -66,7 +66,8 @@ class ReRank(TrainerCallback):
 
         Raises:
             ValueError: If ``every`` is below 1.
-            PlanError: If the plan's score reads no gradient, or layers cannot be added to its adapter.
+            PlanError: If the plan's score reads no gradient, or layers cannot be added to its adapter: it has one rank
+                for all, or its start rewrites the weights of the layers that enter.
             DataError: If the rows cannot be tokenized, or there are none.
         """
         if every < 1:
@@ -79,6 +80,11 @@ class ReRank(TrainerCallback):
         if change and method_of(plan.options.adapter).rank == "one for all":
             raise PlanError(
                 f"{plan.options.adapter} has one rank for all modules, so no layer can be added. Use change=False."
+            )
+        if change and plan.options.adapter_options.rewrites_weights:
+            raise PlanError(
+                f"init_lora_weights={plan.options.init_lora_weights!r} would rewrite the frozen weights of layers that "
+                "enter. Use change=False, or another start."
             )
         tokenized = rows if isinstance(rows, TokenizedRows) else tokenize(rows, tokenizer, max_length=max_length)
         self.plan = plan
