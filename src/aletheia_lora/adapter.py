@@ -148,7 +148,7 @@ def attach(
     config = peft_config(anatomy, ranks, options)
     _check_modules_to_save(model, anatomy, options.modules_to_save or ())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    weights = _weights_of(model, [entry.name for entry in ranks]) if options.rewrites_weights else []
+    weights = weights_of(model, [entry.name for entry in ranks]) if options.rewrites_weights else []
     originals = [(weight, weight.detach().clone()) for weight in weights]
     try:
         with torch.random.fork_rng(devices=_cuda_of(model)), warnings.catch_warnings():
@@ -239,7 +239,7 @@ def shared_copy(model: nn.Module, *, own: Sequence[str] = ()) -> Any:
         own: Names of modules whose weights are copied all the same.
     """
     settle_states(model)
-    copied = {id(weight) for weight in _weights_of(model, own)}
+    copied = {id(weight) for weight in weights_of(model, own)}
     tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in copied]
     flags = [tensor.requires_grad for tensor in tensors]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in [*tensors, *state_tensors(model)]})
@@ -446,7 +446,7 @@ def _check_variant(model: nn.Module, options: AdapterOptions) -> None:
         raise CensusError(f"modules to save on the model: {sorted(saved)}, planned {sorted(planned)}.")
 
 
-def _weights_of(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+def weights_of(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     """The weights of these modules, without those of stacked experts."""
     modules = dict(model.named_modules())
     found: list[nn.Parameter] = []
