@@ -115,6 +115,16 @@ def test_taylor_is_the_sum_of_weight_times_gradient():
     assert all(t.taylor is None for t in probe(model, batches, mode="gram").tensors if t.method == "gram")
 
 
+def test_taylor_of_a_square_matrix_that_is_stored_the_other_way_round():
+    model, batches = build("gpt2", torch.float64), random_batches(1)
+    result = probe(model, batches, taylor=True)
+    labelled_loss(model.eval(), batches[0]).backward()
+    weight = model.transformer.h[2].attn.c_proj.weight
+    assert weight.shape[0] == weight.shape[1]
+    record = next(tensor for tensor in result.tensors if tensor.name == "transformer.h.2.attn.c_proj")
+    assert record.taylor == pytest.approx((float((weight * weight.grad).detach().abs().sum()),))
+
+
 @pytest.mark.parametrize("mode", ["exact", "gram"])
 def test_descent_is_the_sum_of_the_gradient_of_a_real_adapters_b_over_all_batches(mode):
     model, batches = build("llama"), random_batches(3)

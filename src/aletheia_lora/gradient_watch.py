@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .anatomy import ModelAnatomy, is_quantized, linear_shape
 from .errors import ProbeError, UnsupportedModelError
@@ -148,7 +149,7 @@ class GradientWatch:
             self.squares[name] = float(grad_OI.norm()) ** 2
             if self.taylor and norm is not None:
                 weight = weight_value(module).to(grad_OI.device)
-                weight_OI = weight if weight.shape == grad_OI.shape else weight.T
+                weight_OI = weight.T if isinstance(module, Conv1D) else weight
                 self.taylors.setdefault(name, []).append(float((grad_OI * weight_OI).abs().sum()))
         if self.descent:
             gradient_OR = g_TO.T @ (x_TI @ _first_adapter(in_features).to(x_TI.device).T)
