@@ -66,6 +66,23 @@ def test_the_model_is_left_exactly_as_found(fails):
     assert not any(parameter._post_accumulate_grad_hooks for parameter in parameters)
 
 
+def test_no_hook_stays_when_setting_them_up_fails(monkeypatch):
+    model, calls = build("llama"), []
+
+    def out_of_memory(tensor):
+        calls.append(tensor)
+        if len(calls) == 20:
+            raise MemoryError
+        return tensor.float()
+
+    monkeypatch.setattr("aletheia_lora.gradient_watch.full_precision", out_of_memory)
+    with pytest.raises(MemoryError):
+        probe(model, random_batches(1))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_dropout_is_off_in_the_probe():
     model = build("gpt2", torch.float64).train()
     first, second = (dict(probe(model, random_batches(2))) for _ in range(2))

@@ -72,7 +72,14 @@ class GradientWatch:
         for item in found.left_out:
             if item.reason == "router":
                 self.kinds[item.name] = self.kinds[f"{item.name}.weight"] = "router"
-        known = _names_by_id(model, names)
+        try:
+            self._watch(model, adaptable, _names_by_id(model, names))
+        except BaseException:
+            self.close()
+            raise
+
+    def _watch(self, model: nn.Module, adaptable: set[str], known: Mapping[int, str | None]) -> None:
+        """Freeze the model, and hook every tensor in its layers."""
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for layer_idx, block in enumerate(layer_blocks(model)):
