@@ -402,6 +402,15 @@ def test_what_cannot_be_re_ranked_is_refused_with_the_reason(tmp_path, inputs):
         train_adapter(build("llama"), tokenizer, made, parts.train, tmp_path / "a", TrainOptions(rerank_every=1))
 
 
+@pytest.mark.parametrize("change", [False, True])
+def test_sharded_weights_are_refused_before_the_first_step(inputs, change):
+    made, model = made_plan(inputs[1]), build("llama")
+    adapted = attach(model, made.anatomy, made.ranks)
+    model.model.layers[0].mlp.up_proj.weight.ds_id = 0  # what ZeRO-3 marks its weights by
+    with pytest.raises(PlanError, match=r"sharded over processes, e\.g\. .*layers\.0\.mlp\.up_proj"):
+        ReRank(made, inputs[1].probe, every=1, change=change).on_train_begin(None, None, None, model=adapted)
+
+
 def test_a_choice_that_cannot_be_made_is_said_and_training_goes_on(tmp_path, inputs, monkeypatch):
     made = made_plan(inputs[1])
 

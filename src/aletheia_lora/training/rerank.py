@@ -24,6 +24,7 @@ from ..errors import PlanError
 from ..methods import method_of
 from ..planning import LayerChange, Plan, plan_from_probe, probe_batches
 from ..probe import probe
+from ..processes import is_sharded
 from ..scores import EXTRAS, layer_scores
 
 WITHOUT_DATA = ("weight_snr", "random")
@@ -119,12 +120,19 @@ class ReRank(TrainerCallback):
         """Refuse what cannot be.
 
         Raises:
-            PlanError: If the model carries no adapters, or layers cannot change under this trainer.
+            PlanError: If the model carries no adapters, its weights are sharded over processes, or layers cannot
+                change under this trainer.
             CensusError: If the adapters are not those of the plan.
         """
         if not isinstance(model, PeftModel):
             raise PlanError(f"re-ranking needs a PeftModel under training, got {type(model).__name__}.")
         check_census(model, self.plan.ranks, self.plan.options.adapter_options)
+        sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+        if sharded is not None:
+            raise PlanError(
+                f"re-ranking probes whole weights, and they are sharded over processes, e.g. {sharded}. Leave it out, "
+                "or train by DDP or in one process."
+            )
         reason = _why_not(args, state) if self.change else None
         if reason is not None:
             raise PlanError(f"the layers that train cannot change: {reason}. Use change=False.")
