@@ -151,7 +151,7 @@ def attach(
     weights = weights_of(model, [entry.name for entry in ranks]) if options.rewrites_weights else []
     originals = [(weight, weight.detach().clone()) for weight in weights]
     try:
-        with torch.random.fork_rng(devices=_cuda_of(model)), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=_gpus()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the census below is stricter than any of PEFT's warnings
             torch.manual_seed(seed)
             peft_model = _get_peft_model(model, config, full_precision)
@@ -192,7 +192,7 @@ def add_adapters(
     dtype = next(parameter.dtype for _, _, parameters in _adapters(peft_model) for parameter in parameters.values())
     tuner.peft_config["default"] = _retargeted(before, peft_config(anatomy, further, options))
     try:
-        with torch.random.fork_rng(devices=_cuda_of(peft_model)), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=_gpus()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in attach
             torch.manual_seed(seed)
             tuner.inject_adapter(tuner.model, "default")
@@ -356,9 +356,9 @@ def _retargeted(config: PeftConfig, targets: PeftConfig) -> PeftConfig:
     return changed
 
 
-def _cuda_of(model: Any) -> list[torch.device]:
-    """The devices whose random state a start of adapters on this model moves, besides the CPU's."""
-    return [model.device] if getattr(getattr(model, "device", None), "type", "") == "cuda" else []
+def _gpus() -> list[int]:
+    """The devices whose random state seeding moves besides the CPU's, the model's or not: all, once CUDA is in use."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def _setting(layer: Any, keys: Sequence[str], adapter_name: str) -> Any:
