@@ -96,6 +96,9 @@ def run_probe(config: RunConfig, say: Say) -> dict[str, Any]:
     def finish() -> dict[str, Any]:
         scores = layer_scores(config.score, measured, model=model, rng=np.random.default_rng(config.seed))
         record = measured.to_dict()
+        if config.score != "gradient_norm":  # spread, errors and overlap are of the gradient norms
+            derived = ("scores", "standard_errors", "spread", "split_half_overlap")
+            record["gradient_norm"] = {key: record.pop(key) for key in derived}
         record["score"], record["scores"] = config.score, [scores[layer] for layer in sorted(scores)]
         if folder is not None:
             record["files"] = [str(write_json(folder / "scores.json", record))]
