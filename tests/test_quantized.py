@@ -189,6 +189,18 @@ def test_the_librarys_own_settings_are_put_back():
     assert model[1].support_avx512bf16_for_cpu is True and logger.level == logging.INFO
 
 
+def test_the_librarys_log_level_is_put_back_in_whatever_order_runs_leave():
+    logger = logging.getLogger("bitsandbytes")
+    logger.setLevel(logging.INFO)
+    first, second = gradients_kept(nn.Linear(2, 2)), gradients_kept(nn.Linear(2, 2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.level == logging.ERROR
+    second.__exit__(None, None, None)
+    assert logger.level == logging.INFO
+
+
 class ForInference(nn.Module):
     """A linear map whose kernel knows no gradient, over a weight that PEFT does not know."""
 
