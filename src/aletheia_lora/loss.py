@@ -64,7 +64,7 @@ def labelled_loss(model: Any, batch: Mapping[str, Tensor], *, num_labels: Tensor
                 output = model(**inputs, use_cache=False)
             if at_head.stands(_logits(output)):
                 _reworks_logits[head] = False
-                return at_head.total / count
+                return at_head.total / _on(at_head.total.device, count)
             _reworks_logits[head] = at_head.seen
             torch.set_rng_state(random_state[0])
             if random_state[1] is not None:
@@ -72,7 +72,13 @@ def labelled_loss(model: Any, batch: Mapping[str, Tensor], *, num_labels: Tensor
         with head_sees_only(head, keep) as seen:
             logits = _logits(model(**inputs, use_cache=False))
     logits = logits.reshape(-1, logits.shape[-1]) if seen else logits[:, :-1][keep.to(logits.device)]
-    return functional.cross_entropy(full_precision(logits), targets.to(logits.device), reduction="sum") / count
+    total = functional.cross_entropy(full_precision(logits), targets.to(logits.device), reduction="sum")
+    return total / _on(total.device, count)
+
+
+def _on(device: torch.device, count: Tensor | int) -> Tensor | int:
+    """A number of labels where the loss is: with a device map the head is not on the device of the batch."""
+    return count.to(device) if isinstance(count, Tensor) else count
 
 
 def num_labelled(batch: Mapping[str, Tensor]) -> int:
