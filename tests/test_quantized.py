@@ -313,6 +313,13 @@ def test_a_twin_without_contents_leaves_plain_models_as_they_are():
     assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
 
 
+def test_weights_in_float8_are_read_when_loaded(monkeypatch):
+    model = nn.Linear(64, 64)
+    model.weight = nn.Parameter(model.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    monkeypatch.setattr("aletheia_lora.runs._load_by_name", lambda *_args, **_kwargs: (model, None))
+    assert load_model(configuration({"model": "any", "device": "cpu"}), lambda _line: None)[0] is model
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

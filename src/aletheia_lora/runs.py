@@ -335,7 +335,7 @@ def load_model(config: RunConfig, say: Say, *, with_tokenizer: bool = True) -> t
             model = model.to(device)
         for parameter in model.parameters():  # a mapped file is read when touched: now, not in what is timed later
             for kept in plain_tensors(parameter.detach()):
-                kept.reshape(-1)[:: mmap.PAGESIZE // kept.element_size()].sum()
+                kept.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()  # float8 has no sum
         return model, tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device!r} cannot be used: {' '.join(str(error).split())}") from error
