@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from aletheia_lora.adapter import attach, census, check_census, dead_adapters, lora_config
+from aletheia_lora.adapter import add_adapters, attach, census, check_census, dead_adapters, lora_config
 from aletheia_lora.adapter_options import AdapterOptions
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
@@ -112,3 +112,22 @@ def test_experts_refuse_dropout_by_name():
 def test_ranks_of_another_model_are_refused():
     with pytest.raises(PlanError, match="not in Phi3ForCausalLM"):
         lora_config(anatomy(build("phi3")), planned(build("llama"))[1])
+
+
+def test_the_generators_of_all_gpus_are_kept_whatever_the_model_is_on(monkeypatch):
+    model = build("llama")
+    (found, ranks), (_, further) = planned(model), planned(model, layers=(0,))
+    states = {0: torch.tensor([1]), 1: torch.tensor([2])}
+
+    def seed_all(seed):
+        states.update({device: torch.tensor([seed]) for device in states})
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    adapted = attach(model, found, ranks, seed=9)
+    assert {device: int(state) for device, state in states.items()} == {0: 1, 1: 2}
+    add_adapters(adapted, found, ranks, further, seed=9)
+    assert {device: int(state) for device, state in states.items()} == {0: 1, 1: 2}

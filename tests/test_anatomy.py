@@ -98,6 +98,29 @@ def test_the_trial_keeps_gradients_and_makes_none():
     assert all(parameter.grad is None for parameter in model.parameters() if parameter is not weight)
 
 
+class PackedLinear(nn.Module):
+    """A linear map whose weight is a buffer of bytes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", (linear.weight.detach() * 100).to(torch.int8))
+
+    def forward(self, hidden):
+        return nn.functional.linear(hidden, self.qweight.to(hidden.dtype) / 100)
+
+
+def test_the_trial_copies_no_packed_weight(monkeypatch):
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj = PackedLinear(model.model.layers[0].mlp.up_proj)
+    copied, clone = set(), torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self, **kwargs: copied.add(id(self)) or clone(self, **kwargs))
+    assert anatomy(model).trial_forward == "ran"
+    buffers = dict(model.named_buffers())
+    assert id(buffers.pop("model.layers.0.mlp.up_proj.qweight")) not in copied
+    assert buffers and {id(buffer) for buffer in buffers.values()} <= copied
+
+
 def test_conv1d_has_its_features_the_right_way_round():
     module = next(m for m in anatomy(build("gpt2")).layers[0].modules if m.name.endswith("c_attn"))
     assert (module.storage, module.in_features, module.out_features) == ("conv1d", 32, 96)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from aletheia_lora.cli import DEMO, app, main
 from aletheia_lora.data import split, tokenize
 from aletheia_lora.planning import Plan, plan
+from aletheia_lora.probe_result import ProbeResult
 from aletheia_lora.run_config import GROUPS, RunConfig
 from aletheia_lora.runs import load_parts
 from families import build
@@ -143,7 +144,15 @@ def test_probe_prints_a_score_per_layer_and_keeps_them_with_a_picture(aletheia, 
     kept = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert kept["scores"] == record["scores"] and kept["score"] == "gradient_norm"
     assert (tmp_path / "out" / "scores.png").read_bytes().startswith(b"\x89PNG")
-    printed = aletheia("probe", model, data, *small, "--score", "fisher")
+    assert kept["spread"] == record["spread"] and "gradient_norm" not in kept
+    printed = aletheia("probe", model, data, *small, "--score", "fisher", "--output", tmp_path / "fisher")
+    of_fisher = json.loads((tmp_path / "fisher" / "scores.json").read_text())
+    assert not {"spread", "standard_errors", "split_half_overlap"} & set(of_fisher)
+    assert of_fisher["gradient_norm"] == {
+        key: kept[key] for key in ("scores", "standard_errors", "spread", "split_half_overlap")
+    }
+    assert of_fisher["scores"] != kept["scores"] and dict(ProbeResult.from_dict(of_fisher))
+    assert "of the gradient norms: spread" in printed
     assert [line.split()[0] for line in printed.splitlines()[:4]] == ["0", "1", "2", "3"]
     assert "split-half overlap" in printed
 

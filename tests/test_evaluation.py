@@ -332,6 +332,18 @@ def test_answers_of_another_model_or_edited_ones_are_never_used(gsm8k, tmp_path)
     assert poisoned["table"] == first["table"]
 
 
+def test_answers_under_other_defaults_of_generation_are_not_used(gsm8k, tmp_path):
+    model = byte_model()
+    first = evaluate(model, byte_tokenizer(), gsm8k, tmp_path)
+    model.generation_config.transformers_version = "0.0.1"
+    again = evaluate(model, byte_tokenizer(), gsm8k, tmp_path)
+    assert again["generation_digest"] == first["generation_digest"] and again["answers"]["base"]["asked"] == 0
+    model.generation_config.eos_token_id = [1, 5]
+    other = evaluate(model, byte_tokenizer(), gsm8k, tmp_path)
+    assert other["config_digest"] == first["config_digest"]
+    assert other["answers"]["base"] == {"found": 0, "refused": 0, "asked": 4}
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aletheia_lora.training.interleave import Turn, take_turns
+from aletheia_lora.training.random_state import random_state_kept
 
 
 def test_runs_take_turns_step_by_step_and_shorter_runs_leave():
@@ -45,6 +46,38 @@ def test_each_run_has_random_numbers_of_its_own_and_the_caller_keeps_its_own():
     before = torch.get_rng_state()
     assert draws(0) == draws(2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """The states of two generators on GPUs that are not there."""
+    states = [torch.tensor([1]), torch.tensor([2])]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in states])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda new: states.__setitem__(slice(None), new))
+    return states
+
+
+def test_the_generators_of_gpus_are_kept_too(gpus):
+    found = []
+
+    def run(first):
+        def work(turn: Turn):
+            turn.begin()
+            gpus[1] = torch.tensor([first])
+            for _ in range(2):
+                turn.end_of_step()
+                found.append(int(gpus[1]))
+                gpus[1] = gpus[1] + 1
+
+        return work
+
+    assert take_turns([run(10), run(20)]) == [None, None]
+    assert found == [10, 20, 11, 21]
+    with pytest.raises(KeyError), random_state_kept():
+        gpus[0] = torch.tensor([7])
+        raise KeyError
+    assert [int(state) for state in gpus] == [1, 2]
 
 
 def test_a_clock_ticks_in_its_own_turns_only():

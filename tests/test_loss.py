@@ -145,6 +145,24 @@ def test_what_keeps_all_labelled_logits_alive_is_named():
     assert all_at_once(model, frozen=True) == "the head runs as PackedLinear and not as a plain Linear"
 
 
+class OnAnotherDevice(torch.Tensor):
+    """A number that can be moved and, until then, be used for nothing."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.to:
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return torch.tensor(4.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # the loss at the head, and of what the model gives out
+def test_the_number_of_labels_may_be_on_the_device_of_the_batch(family):
+    model, batch = build(family).eval(), random_batches(1)[0]
+    expected = labelled_loss(model, batch, num_labels=4)
+    found = labelled_loss(model, batch, num_labels=torch.tensor(4).as_subclass(OnAnotherDevice))
+    assert found.item() == expected.item()
+
+
 def test_a_head_with_a_bias(monkeypatch):
     monkeypatch.setitem(loss.LOGIT_BYTES, "cpu", 4 * 256 * 5)
     model = frozen(build("llama"))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from aletheia_lora.errors import OutputError
+from aletheia_lora.training import prefix_store
 from aletheia_lora.training.prefix_identity import batch_rows
 from aletheia_lora.training.prefix_store import MAGIC, RECORD, PrefixStore, check_room, in_words
 
@@ -157,6 +158,31 @@ def test_an_index_of_another_format_is_refused(tmp_path):
     the(tmp_path, "*.index").write_bytes(b"something else, long enough to be a record of its own, or even two of them")
     store, said = opened(tmp_path)
     assert len(store) == 0 and "not one of this format" in said[0]
+
+
+def test_a_file_that_grows_while_it_is_opened_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    writing, _ = opened(tmp_path)
+    writing.write(name(1), states(1), torch.float32)
+    writing.flush()
+
+    def meanwhile(descriptor):
+        status = os.stat(descriptor)
+        writing.write(name(2), states(2), torch.float32)
+        writing.flush()
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix_store.os, "fstat", meanwhile)
+        reading, said = opened(tmp_path)
+    assert name(1) in reading and said == [] and reading.counts.damaged == []
+    assert name(2) in opened(tmp_path)[0]
+
+
+def test_a_file_that_vanishes_while_the_folder_is_read_is_skipped(tmp_path, monkeypatch):
+    filled(tmp_path, [1])
+    real = type(tmp_path).glob
+    monkeypatch.setattr(type(tmp_path), "glob", lambda *args: [*real(*args), tmp_path / "gone.states"])
+    assert name(1) in opened(tmp_path)[0]
 
 
 def test_two_processes_write_at_once(tmp_path):

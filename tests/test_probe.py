@@ -66,6 +66,23 @@ def test_the_model_is_left_exactly_as_found(fails):
     assert not any(parameter._post_accumulate_grad_hooks for parameter in parameters)
 
 
+def test_no_hook_stays_when_setting_them_up_fails(monkeypatch):
+    model, calls = build("llama"), []
+
+    def out_of_memory(tensor):
+        calls.append(tensor)
+        if len(calls) == 20:
+            raise MemoryError
+        return tensor.float()
+
+    monkeypatch.setattr("aletheia_lora.gradient_watch.full_precision", out_of_memory)
+    with pytest.raises(MemoryError):
+        probe(model, random_batches(1))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_dropout_is_off_in_the_probe():
     model = build("gpt2", torch.float64).train()
     first, second = (dict(probe(model, random_batches(2))) for _ in range(2))
@@ -113,6 +130,16 @@ def test_taylor_is_the_sum_of_weight_times_gradient():
     assert record.taylor == pytest.approx((float((weight * gradient).abs().sum()),))
     assert record.weight_norm == pytest.approx(float(weight.norm()))
     assert all(t.taylor is None for t in probe(model, batches, mode="gram").tensors if t.method == "gram")
+
+
+def test_taylor_of_a_square_matrix_that_is_stored_the_other_way_round():
+    model, batches = build("gpt2", torch.float64), random_batches(1)
+    result = probe(model, batches, taylor=True)
+    labelled_loss(model.eval(), batches[0]).backward()
+    weight = model.transformer.h[2].attn.c_proj.weight
+    assert weight.shape[0] == weight.shape[1]
+    record = next(tensor for tensor in result.tensors if tensor.name == "transformer.h.2.attn.c_proj")
+    assert record.taylor == pytest.approx((float((weight * weight.grad).detach().abs().sum()),))
 
 
 @pytest.mark.parametrize("mode", ["exact", "gram"])

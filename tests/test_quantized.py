@@ -189,6 +189,18 @@ def test_the_librarys_own_settings_are_put_back():
     assert model[1].support_avx512bf16_for_cpu is True and logger.level == logging.INFO
 
 
+def test_the_librarys_log_level_is_put_back_in_whatever_order_runs_leave():
+    logger = logging.getLogger("bitsandbytes")
+    logger.setLevel(logging.INFO)
+    first, second = gradients_kept(nn.Linear(2, 2)), gradients_kept(nn.Linear(2, 2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.level == logging.ERROR
+    second.__exit__(None, None, None)
+    assert logger.level == logging.INFO
+
+
 class ForInference(nn.Module):
     """A linear map whose kernel knows no gradient, over a weight that PEFT does not know."""
 
@@ -299,6 +311,13 @@ def test_a_twin_without_contents_leaves_plain_models_as_they_are():
     model = build("gpt2")
     twin, _ = without_contents(model)
     assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+
+
+def test_weights_in_float8_are_read_when_loaded(monkeypatch):
+    model = nn.Linear(64, 64)
+    model.weight = nn.Parameter(model.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    monkeypatch.setattr("aletheia_lora.runs._load_by_name", lambda *_args, **_kwargs: (model, None))
+    assert load_model(configuration({"model": "any", "device": "cpu"}), lambda _line: None)[0] is model
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

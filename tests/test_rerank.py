@@ -378,6 +378,10 @@ def test_what_cannot_be_re_ranked_is_refused_with_the_reason(tmp_path, inputs):
         ReRank(replace(made, options=replace(made.options, score="random")), parts.probe, every=1)
     with pytest.raises(PlanError, match="vera has one rank for all modules"):
         ReRank(made.with_adapter("vera"), parts.probe, every=1, change=True)
+    rewriting = replace(made, options=replace(made.options, init_lora_weights="pissa"))
+    with pytest.raises(PlanError, match="init_lora_weights='pissa' would rewrite the frozen weights"):
+        ReRank(rewriting, parts.probe, every=1, change=True)
+    assert ReRank(rewriting, parts.probe, every=1).every == 1
     rerank = ReRank(made, parts.probe, every=1, change=True, say=lambda line: None)
     args = trl.SFTConfig(**settings(tmp_path, gradient_checkpointing=False, bf16=False))
     trainer = SFTTrainer(
@@ -396,6 +400,15 @@ def test_what_cannot_be_re_ranked_is_refused_with_the_reason(tmp_path, inputs):
             TrainOptions(**kwargs)
     with pytest.raises(DataError, match="without probe_rows"):
         train_adapter(build("llama"), tokenizer, made, parts.train, tmp_path / "a", TrainOptions(rerank_every=1))
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_sharded_weights_are_refused_before_the_first_step(inputs, change):
+    made, model = made_plan(inputs[1]), build("llama")
+    adapted = attach(model, made.anatomy, made.ranks)
+    model.model.layers[0].mlp.up_proj.weight.ds_id = 0  # what ZeRO-3 marks its weights by
+    with pytest.raises(PlanError, match=r"sharded over processes, e\.g\. .*layers\.0\.mlp\.up_proj"):
+        ReRank(made, inputs[1].probe, every=1, change=change).on_train_begin(None, None, None, model=adapted)
 
 
 def test_a_choice_that_cannot_be_made_is_said_and_training_goes_on(tmp_path, inputs, monkeypatch):

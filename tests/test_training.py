@@ -237,6 +237,17 @@ def test_a_plan_for_another_model_is_refused(tmp_path, rows, tokenizer):
         SFTTrainer(build("phi3"), plan=made, train_dataset=rows, processing_class=tokenizer)
 
 
+def test_a_trainer_that_cannot_be_made_gives_rewritten_weights_back(tmp_path, rows, tokenizer):
+    model = build("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = made_plan(rows, init_lora_weights="olora")
+    args = trl.SFTConfig(**settings(tmp_path), gradient_checkpointing=False, bf16=False)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        SFTTrainer(model, args, plan=made, train_dataset=rows, processing_class=tokenizer, no_such_argument=1)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_dead_adapters_are_named():
     model = build("llama")
     found = anatomy(model)

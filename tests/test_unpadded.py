@@ -119,11 +119,42 @@ def test_long_rows_under_a_sliding_window_and_padded_batches_go_the_usual_way():
     torch.manual_seed(0)
     model, batch = AutoModelForCausalLM.from_config(config).eval(), batch_of([4, 11, 7, 12])
     expected = labelled_loss(model, batch)
+    short = batch_of([2, 6, 5], seed=1)
+    expected_short = labelled_loss(model, short)
     unpadded = Unpadded(model)
     torch.testing.assert_close(labelled_loss(model, batch), expected)
-    flat = unpadded.batch(model, batch)
-    assert flat["input_ids"].shape == (1, 34)
-    torch.testing.assert_close(labelled_loss(model, flat), expected, rtol=1e-5, atol=1e-6)
+    assert unpadded.batch(model, batch) is batch and unpadded.turned_off is None
+    torch.testing.assert_close(labelled_loss(model, without_padding(batch)), expected, rtol=1e-5, atol=1e-6)
+    flat = unpadded.batch(model, short)
+    assert flat["input_ids"].shape == (1, 13)
+    torch.testing.assert_close(labelled_loss(model, flat), expected_short, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"attention_chunk_size": 6}, {"floor_scale": 6}])
+def test_lines_beyond_a_chunk_of_attention_stay_padded(changes):
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8}
+    changes = {**changes, "attn_scale": 10.0, "initializer_range": 0.3}
+    config = Llama4TextConfig(
+        **sizes, num_key_value_heads=2, intermediate_size=32, intermediate_size_mlp=64, num_local_experts=2, **changes
+    )
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(config).float().eval()
+    few, batch = batch_of([2, 3]), batch_of([2, 3, 7, 9], seed=1)
+    expected = labelled_loss(model, batch)
+    unpadded = Unpadded(model)
+    assert unpadded.batch(model, few)["input_ids"].shape == (1, 5)
+    assert unpadded.batch(model, batch) is batch and unpadded.turned_off is None
+    assert not torch.allclose(labelled_loss(model, without_padding(batch)), expected, rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_a_difference(monkeypatch):
+    model = adapted("llama")
+    unpadded = Unpadded(model.get_base_model())
+    monkeypatch.setattr("aletheia_lora.training.unpadded.labelled_loss", lambda *_: torch.tensor(float("nan")))
+    batch = batch_of([4, 12])
+    assert unpadded.batch(model, batch) is batch and "nan" in unpadded.turned_off
 
 
 def test_everything_is_put_back():

@@ -148,10 +148,10 @@ def attach(
     config = peft_config(anatomy, ranks, options)
     _check_modules_to_save(model, anatomy, options.modules_to_save or ())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    weights = _weights_of(model, [entry.name for entry in ranks]) if options.rewrites_weights else []
+    weights = weights_of(model, [entry.name for entry in ranks]) if options.rewrites_weights else []
     originals = [(weight, weight.detach().clone()) for weight in weights]
     try:
-        with torch.random.fork_rng(devices=_cuda_of(model)), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=_gpus()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the census below is stricter than any of PEFT's warnings
             torch.manual_seed(seed)
             peft_model = _get_peft_model(model, config, full_precision)
@@ -192,7 +192,7 @@ def add_adapters(
     dtype = next(parameter.dtype for _, _, parameters in _adapters(peft_model) for parameter in parameters.values())
     tuner.peft_config["default"] = _retargeted(before, peft_config(anatomy, further, options))
     try:
-        with torch.random.fork_rng(devices=_cuda_of(peft_model)), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=_gpus()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in attach
             torch.manual_seed(seed)
             tuner.inject_adapter(tuner.model, "default")
@@ -239,7 +239,7 @@ def shared_copy(model: nn.Module, *, own: Sequence[str] = ()) -> Any:
         own: Names of modules whose weights are copied all the same.
     """
     settle_states(model)
-    copied = {id(weight) for weight in _weights_of(model, own)}
+    copied = {id(weight) for weight in weights_of(model, own)}
     tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if id(tensor) not in copied]
     flags = [tensor.requires_grad for tensor in tensors]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in [*tensors, *state_tensors(model)]})
@@ -356,9 +356,9 @@ def _retargeted(config: PeftConfig, targets: PeftConfig) -> PeftConfig:
     return changed
 
 
-def _cuda_of(model: Any) -> list[torch.device]:
-    """The devices whose random state a start of adapters on this model moves, besides the CPU's."""
-    return [model.device] if getattr(getattr(model, "device", None), "type", "") == "cuda" else []
+def _gpus() -> list[int]:
+    """The devices whose random state seeding moves besides the CPU's, the model's or not: all, once CUDA is in use."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def _setting(layer: Any, keys: Sequence[str], adapter_name: str) -> Any:
@@ -446,7 +446,7 @@ def _check_variant(model: nn.Module, options: AdapterOptions) -> None:
         raise CensusError(f"modules to save on the model: {sorted(saved)}, planned {sorted(planned)}.")
 
 
-def _weights_of(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+def weights_of(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     """The weights of these modules, without those of stacked experts."""
     modules = dict(model.named_modules())
     found: list[nn.Parameter] = []

@@ -207,7 +207,7 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
     blocks = layer_blocks(model)
     maps = [module for module in model.modules() if linear_shape(module) is not None]
     trial = trial_forward(model, maps, text_config)
-    if trial.outcome == "ran" and sees_later_tokens(model, text_config):
+    if trial.outcome == "ran" and sees_later_tokens(model, maps, text_config):
         raise UnsupportedModelError(
             f"{architecture} sees later tokens: what it says of a token depends on those behind it, so a next-token "
             "loss means nothing. Set is_decoder=True in its configuration (BERT's family), or pass a causal model."

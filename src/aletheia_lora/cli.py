@@ -166,9 +166,10 @@ def _show_probe(record: dict[str, Any]) -> None:
     top = max(record["scores"]) or 1.0
     for layer, score in enumerate(record["scores"]):
         print(f"{layer:4d} {score:12.5g} {'█' * round(40 * score / top)}")
+    norms = record.get("gradient_norm", record)
     print(
-        f"{record['seconds']:.1f} s, spread {record['spread']:.2f}, "
-        f"split-half overlap {record['split_half_overlap']:.2f}"
+        f"{record['seconds']:.1f} s, {'' if norms is record else 'of the gradient norms: '}spread "
+        f"{norms['spread']:.2f}, split-half overlap {norms['split_half_overlap']:.2f}"
     )
     for load in record["expert_loads"]:
         shares = [count / max(sum(load["num_tokens"]), 1) for count in load["num_tokens"]]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .anatomy import ModelAnatomy, is_quantized, linear_shape
 from .errors import ProbeError, UnsupportedModelError
@@ -71,7 +72,14 @@ class GradientWatch:
         for item in found.left_out:
             if item.reason == "router":
                 self.kinds[item.name] = self.kinds[f"{item.name}.weight"] = "router"
-        known = _names_by_id(model, names)
+        try:
+            self._watch(model, adaptable, _names_by_id(model, names))
+        except BaseException:
+            self.close()
+            raise
+
+    def _watch(self, model: nn.Module, adaptable: set[str], known: Mapping[int, str | None]) -> None:
+        """Freeze the model, and hook every tensor in its layers."""
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for layer_idx, block in enumerate(layer_blocks(model)):
@@ -148,7 +156,7 @@ class GradientWatch:
             self.squares[name] = float(grad_OI.norm()) ** 2
             if self.taylor and norm is not None:
                 weight = weight_value(module).to(grad_OI.device)
-                weight_OI = weight if weight.shape == grad_OI.shape else weight.T
+                weight_OI = weight.T if isinstance(module, Conv1D) else weight
                 self.taylors.setdefault(name, []).append(float((grad_OI * weight_OI).abs().sum()))
         if self.descent:
             gradient_OR = g_TO.T @ (x_TI @ _first_adapter(in_features).to(x_TI.device).T)

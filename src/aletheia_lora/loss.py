@@ -95,11 +95,17 @@ def labelled_loss(model: Any, batch: Mapping[str, Tensor], *, num_labels: Tensor
     with _no_needless_mask(model, inputs.get("attention_mask")):
         total = _total_at_the_head(model, inputs, head, keep, targets) if _is_plain(head) else None
         if total is not None:
-            return total / count
+            return total / _on(total.device, count)
         with head_sees_only(head, keep) as seen:
             logits = _logits(model(**inputs, use_cache=False))
     logits = logits.reshape(-1, logits.shape[-1]) if seen else logits[:, :-1][keep.to(logits.device)]
-    return functional.cross_entropy(full_precision(logits), targets.to(logits.device), reduction="sum") / count
+    total = functional.cross_entropy(full_precision(logits), targets.to(logits.device), reduction="sum")
+    return total / _on(total.device, count)
+
+
+def _on(device: torch.device, count: Tensor | int) -> Tensor | int:
+    """A number of labels where the loss is: with a device map the head is not on the device of the batch."""
+    return count.to(device) if isinstance(count, Tensor) else count
 
 
 def all_at_once(model: Any, *, frozen: bool = False) -> str | None:

@@ -191,20 +191,17 @@ def _measured(
     seen: list[Mapping[str, Tensor]] = []
     losses: list[float] = []
     with _left_as_found(model), in_memory(measured_by_autograd(model, found, names)):
-        clock = Stopwatch(model, target)
-        routing = Routing(model, found)
-        watch = GradientWatch(model, found, "exact" if taylor else mode, taylor, descent, clock, names)
-        try:
+        with contextlib.ExitStack() as hooks:
+            hooks.callback((clock := Stopwatch(model, target)).close)
+            hooks.callback((routing := Routing(model, found)).close)
+            watch = GradientWatch(model, found, "exact" if taylor else mode, taylor, descent, clock, names)
+            hooks.callback(watch.close)
             for index, batch in share:
                 on_device = {key: value.to(target) for key, value in batch.items()}
                 losses.append(_run(model, on_device, index, loss_fn, clock))
                 watch.end_of_batch(index)
                 routing.end_of_batch()
                 seen.append(batch)
-        finally:
-            watch.close()
-            routing.close()
-            clock.close()
         tensors = watch.statistics()
     result = ProbeResult(
         fingerprint=found.fingerprint,

@@ -106,6 +106,11 @@ def check_gradients_pass(model: nn.Module) -> None:
             )
 
 
+_levels: list[int] = []
+"""The level of bitsandbytes' logger at each entry; whoever leaves puts the last one back, so runs may leave in any
+order, and the last to leave puts back what the first one found."""
+
+
 @contextlib.contextmanager
 def gradients_kept(model: nn.Module) -> Iterator[None]:
     """Keep bitsandbytes from repacking 4-bit weights for inference while open; its setting is put back afterwards.
@@ -116,14 +121,14 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     flags = [module.support_avx512bf16_for_cpu for module in modules]
     logger = logging.getLogger("bitsandbytes")
-    level = logger.level
+    _levels.append(logger.level)
     try:
-        logger.setLevel(max(level, logging.ERROR))
+        logger.setLevel(max(logger.level, logging.ERROR))
         for module in modules:
             module.support_avx512bf16_for_cpu = False
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(_levels.pop())
         for module, flag in zip(modules, flags, strict=True):
             module.support_avx512bf16_for_cpu = flag
 

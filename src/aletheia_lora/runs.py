@@ -96,6 +96,9 @@ def run_probe(config: RunConfig, say: Say) -> dict[str, Any]:
     def finish() -> dict[str, Any]:
         scores = layer_scores(config.score, measured, model=model, rng=np.random.default_rng(config.seed))
         record = measured.to_dict()
+        if config.score != "gradient_norm":  # spread, errors and overlap are of the gradient norms
+            derived = ("scores", "standard_errors", "spread", "split_half_overlap")
+            record["gradient_norm"] = {key: record.pop(key) for key in derived}
         record["score"], record["scores"] = config.score, [scores[layer] for layer in sorted(scores)]
         if folder is not None:
             record["files"] = [str(write_json(folder / "scores.json", record))]
@@ -332,7 +335,7 @@ def load_model(config: RunConfig, say: Say, *, with_tokenizer: bool = True) -> t
             model = model.to(device)
         for parameter in model.parameters():  # a mapped file is read when touched: now, not in what is timed later
             for kept in plain_tensors(parameter.detach()):
-                kept.reshape(-1)[:: mmap.PAGESIZE // kept.element_size()].sum()
+                kept.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()  # float8 has no sum
         return model, tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device!r} cannot be used: {' '.join(str(error).split())}") from error

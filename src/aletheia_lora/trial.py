@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Trial:
     """"ran", or why it could not."""
 
 
-def trial_forward(model: nn.Module, candidates: Iterable[nn.Module], text_config: Any) -> Trial:
+def trial_forward(model: nn.Module, candidates: Sequence[nn.Module], text_config: Any) -> Trial:
     """Run the model in train mode on a few tokens, and see which candidates run and which could learn.
 
     Train mode, because several architectures read weights directly in one mode only. No gradient of a weight is made.
@@ -46,7 +46,7 @@ def trial_forward(model: nn.Module, candidates: Iterable[nn.Module], text_config
     handles = [module.register_forward_hook(note) for module in candidates]
     handles.append(embedding_of(model).register_forward_hook(_requiring_gradient))
     try:
-        with _trial(model, training=True), torch.enable_grad():
+        with _trial(model, candidates, training=True), torch.enable_grad():
             input_ids = _trial_tokens(model, text_config)
             result = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
             reached = _reached(_first_output(result), outputs)
@@ -82,13 +82,19 @@ def _first_output(result: Any) -> Any:
     return result.logits if hasattr(result, "logits") else result[0]
 
 
-def sees_later_tokens(model: nn.Module, text_config: Any) -> bool:
-    """True if what the model says of a token depends on tokens behind it: measured, where its parts do not deny it."""
+def sees_later_tokens(model: nn.Module, candidates: Sequence[nn.Module], text_config: Any) -> bool:
+    """True if what the model says of a token depends on tokens behind it: measured, where its parts do not deny it.
+
+    Args:
+        model: The model.
+        candidates: Its linear maps.
+        text_config: Configuration of its text model.
+    """
     flags = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     if flags and all(flags):
         return False
     try:
-        with _trial(model, training=False):
+        with _trial(model, candidates, training=False):
             input_ids = _trial_tokens(model, text_config).repeat(2, 1)
             input_ids[1, -1] = input_ids[0, 0]
             with torch.no_grad():
@@ -132,10 +138,14 @@ def _trial_tokens(model: nn.Module, text_config: Any) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _trial(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Run in one mode; flags, buffers and random generators are put back afterwards."""
+def _trial(model: nn.Module, candidates: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
+    """Run in one mode; flags, buffers and random generators are put back afterwards.
+
+    Matrices that linear maps keep as buffers are packed weights, which no forward writes to: they are not copied.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    packed = {id(buffer) for module in candidates for buffer in module.buffers() if buffer.ndim > 1}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in packed]
     devices = [device for device in [embedding_of(model).weight.device] if device.type == "cuda"]
     try:
         with torch.random.fork_rng(devices=devices), gradients_kept(model):

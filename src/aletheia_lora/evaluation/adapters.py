@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from ..adapter import shared_copy
+from ..adapter_options import REWRITE_WEIGHTS
 from ..anatomy import anatomy
 from ..errors import AdapterError
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "record.json"
+NOT_REPEATED = ("pissa_niter", "corda", "lora_ga", "loftq")
+"""Starts that rewrite weights by a random draw, or by data that are not in the folder."""
 
 
 def adapter_digest(folder: Path) -> str:
@@ -92,14 +96,16 @@ def check_base(folder: Path, model: Any, *, model_names: Iterable[str], any_base
 def with_adapter(model: Any, folder: Path) -> Iterator[Any]:
     """While open, a twin of the model over the same weights that carries the adapter, in eval mode.
 
-    The model itself is not touched; the ``requires_grad`` flags of its weights are put back.
+    The model itself is not touched; the ``requires_grad`` flags of its weights are put back. Where the adapter's start
+    rewrites weights (PiSSA, OLoRA) the twin owns those of the adapted modules.
 
     Raises:
-        AdapterError: If the adapter does not fit the model, or what is on the twin is not what is in the file.
+        AdapterError: If the adapter does not fit the model, what is on the twin is not what is in the file, or loading
+            it rewrites weights in a way that cannot be repeated.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        twin = shared_copy(model)
+        twin = shared_copy(model, own=_rewritten(model, folder))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the comparison below is stricter than PEFT's warnings
             try:
@@ -116,6 +122,22 @@ def with_adapter(model: Any, folder: Path) -> Iterator[Any]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _rewritten(model: nn.Module, folder: Path) -> list[str]:
+    """Names of the modules whose frozen weights PEFT rewrites when it loads this adapter, as when it was made."""
+    start = str(_config(folder).get("init_lora_weights", "")).lower()
+    if start.startswith(NOT_REPEATED):
+        raise AdapterError(
+            f"adapter {folder.name!r} starts with init_lora_weights={start!r}, which takes something else out of the "
+            "weights each time. Save it again as plain LoRA: path_initial_model_for_weight_conversion of PEFT's "
+            "save_pretrained."
+        )
+    if start not in REWRITE_WEIGHTS:
+        return []
+    config = PeftConfig.from_pretrained(str(folder))
+    every = str(config.target_modules).lower() == "all-linear"
+    return [name for name, _ in model.named_modules() if every or check_target_module_exists(config, name)]
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -406,12 +406,20 @@ def _identity(model: Any, tokenizer: Any) -> dict[str, Any]:
         "model_digest": weights_digest(model),
         "config_digest": digest({**model.config.to_dict(), "_name_or_path": ""}),
         "tokenizer_digest": tokenizer_digest(tokenizer),
+        "generation_digest": _generation_digest(model),  # not in IDENTITY: records from before it lack it
         "template_digest": digest(getattr(tokenizer, "chat_template", None)),
         "dtype": str(next(model.parameters()).dtype),
         "device": next(model.parameters()).device.type,
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         "versions": {"aletheia_lora": __version__, **{name: version(name) for name in VERSIONS}},
     }
+
+
+def _generation_digest(model: Any) -> str:
+    """Digest of the model's own defaults of generation: where an answer ends, penalties."""
+    config = getattr(model, "generation_config", None)
+    defaults = {} if config is None else config.to_diff_dict()
+    return digest({key: value for key, value in defaults.items() if key[0] != "_" and key != "transformers_version"})
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

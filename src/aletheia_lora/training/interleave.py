@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from greenlet import getcurrent, greenlet
 
-from .random_state import random_state_kept
+from .random_state import random_state_kept, set_torch_random_state, torch_random_state
 
 
 class Turn:
@@ -22,7 +22,7 @@ class Turn:
 
     def __init__(self, table: greenlet) -> None:
         self._table = table
-        self._random_state: torch.Tensor | None = None
+        self._random_state: tuple[torch.Tensor, list[torch.Tensor]] | None = None
         self._since = 0.0
         self.seconds = 0.0
         """Wall seconds of this run's own turns so far, pauses excluded."""
@@ -30,13 +30,13 @@ class Turn:
     def begin(self) -> None:
         """Take the turn: the clock runs, and random numbers go on where this run left them."""
         if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
+            set_torch_random_state(self._random_state)
         self.resume()
 
     def end_of_step(self) -> None:
         """Hand the turn on, and go on from here when it comes back."""
         self.pause()
-        self._random_state = torch.get_rng_state()
+        self._random_state = torch_random_state()
         self._table.switch()
         self.begin()
 

@@ -203,14 +203,17 @@ class PrefixStore:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def _open(self, data: Path) -> None:
-        """Read the index beside a data file; a torn end is somebody's unfinished write, and is left alone."""
-        shard = Shard(data, os.open(data, os.O_RDONLY))
-        self._shards.append(shard)
-        size = os.fstat(shard.descriptor).st_size
+        """Read the index beside a data file; a torn end is somebody's unfinished write, and is left alone.
+
+        The index first: what it names was in the data file by then, so of a file that grows none is missed.
+        """
         try:
+            shard = Shard(data, os.open(data, os.O_RDONLY))
+            self._shards.append(shard)
             content = shard.index.read_bytes()
-        except FileNotFoundError:
+        except FileNotFoundError:  # another process has removed it, or is about to write it
             return
+        size = os.fstat(shard.descriptor).st_size
         if content and not content.startswith(MAGIC):
             self._refuse(shard, "its index is not one of this format")
             return

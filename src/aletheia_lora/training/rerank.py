@@ -24,6 +24,7 @@ from ..errors import PlanError
 from ..methods import method_of
 from ..planning import LayerChange, Plan, plan_from_probe, probe_batches
 from ..probe import probe
+from ..processes import is_sharded
 from ..scores import EXTRAS, layer_scores
 
 WITHOUT_DATA = ("weight_snr", "random")
@@ -66,7 +67,8 @@ class ReRank(TrainerCallback):
 
         Raises:
             ValueError: If ``every`` is below 1.
-            PlanError: If the plan's score reads no gradient, or layers cannot be added to its adapter.
+            PlanError: If the plan's score reads no gradient, or layers cannot be added to its adapter: it has one rank
+                for all, or its start rewrites the weights of the layers that enter.
             DataError: If the rows cannot be tokenized, or there are none.
         """
         if every < 1:
@@ -79,6 +81,11 @@ class ReRank(TrainerCallback):
         if change and method_of(plan.options.adapter).rank == "one for all":
             raise PlanError(
                 f"{plan.options.adapter} has one rank for all modules, so no layer can be added. Use change=False."
+            )
+        if change and plan.options.adapter_options.rewrites_weights:
+            raise PlanError(
+                f"init_lora_weights={plan.options.init_lora_weights!r} would rewrite the frozen weights of layers that "
+                "enter. Use change=False, or another start."
             )
         tokenized = rows if isinstance(rows, TokenizedRows) else tokenize(rows, tokenizer, max_length=max_length)
         self.plan = plan
@@ -113,12 +120,19 @@ class ReRank(TrainerCallback):
         """Refuse what cannot be.
 
         Raises:
-            PlanError: If the model carries no adapters, or layers cannot change under this trainer.
+            PlanError: If the model carries no adapters, its weights are sharded over processes, or layers cannot
+                change under this trainer.
             CensusError: If the adapters are not those of the plan.
         """
         if not isinstance(model, PeftModel):
             raise PlanError(f"re-ranking needs a PeftModel under training, got {type(model).__name__}.")
         check_census(model, self.plan.ranks, self.plan.options.adapter_options)
+        sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+        if sharded is not None:
+            raise PlanError(
+                f"re-ranking probes whole weights, and they are sharded over processes, e.g. {sharded}. Leave it out, "
+                "or train by DDP or in one process."
+            )
         reason = _why_not(args, state) if self.change else None
         if reason is not None:
             raise PlanError(f"the layers that train cannot change: {reason}. Use change=False.")

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, TrainerCallback
 
-from ..adapter import attach, check_census, dead_adapters
+from ..adapter import attach, check_census, dead_adapters, weights_of
 from ..data import TokenizedRows, tokenize
 from ..errors import NonFiniteLossError, PlanError
 from ..fast_lora import FastLora
@@ -117,6 +117,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.prefix_cache = prefix_cache
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
+        originals = [(weight, weight.detach().clone()) for weight in weights_of(model, plan.rewritten_modules)]
         model = _adapted(model, plan, args)
         try:
             with warnings.catch_warnings(), _on_packed_weights(model):
@@ -133,9 +134,7 @@ class SFTTrainer(trl.SFTTrainer):
             self.engine = engine_of(self.accelerator, self.model)
         except BaseException:
             if not already_attached:
-                model.unload()
-                for parameter, flag in flags:
-                    parameter.requires_grad_(flag)
+                _give_back(model, originals, flags)
             raise
         self._shortcuts = _Shortcuts(self, fast_adapters)
         self.add_callback(self._shortcuts)
@@ -373,6 +372,17 @@ def _in_vain(rows: Any, args: Any, state: Any) -> str | None:
         f"prefix cache writes is not replayed in this run. Take more than {-(-len(rows) // rows_per_step):,} steps, "
         "share a folder with another run (prefix_cache_dir), or leave the prefix cache out."
     )
+
+
+def _give_back(
+    model: PeftModel, originals: Sequence[tuple[torch.Tensor, torch.Tensor]], flags: Sequence[tuple[torch.Tensor, bool]]
+) -> None:
+    """Take the adapters off again; the weights that their start rewrote, and every flag, are as they were."""
+    model.unload()
+    for weight, original in originals:
+        weight.data = original
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
 
 
 def _dataset(rows: Any, tokenizer: Any, max_length: int | None, completion_only: bool) -> Dataset:

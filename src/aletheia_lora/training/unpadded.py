@@ -8,6 +8,7 @@ gradients, and nothing but their tokens is computed. Shape legend: B rows, T col
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,7 @@ class Unpadded:
         self._checked = False
         configs: dict[int, Any] = {id(m.config): m.config for m in base_model.modules() if hasattr(m, "config")}
         self._configs = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
+        self._longest_line, self._longest_row = _longest(base_model)
         if self.turned_off is None and not self._configs:
             self.turned_off = "attention does not run as sdpa"
         if self.turned_off is None:
@@ -66,13 +68,17 @@ class Unpadded:
         """The batch without padding; as it is, where padding is rare or the model needs it.
 
         The first time, two rows of the batch go through the model both ways. Where the losses differ by more than
-        rounding, batches stay padded from then on and ``turned_off`` says so.
+        rounding, batches stay padded from then on and ``turned_off`` says so. What two short rows do not show is read
+        from the configuration: a batch stays padded if its line is longer than a chunk of attention, or one of its rows
+        longer than a sliding window.
         """
         if self.turned_off is not None or not _has_rows(batch):
             return batch
         mask = batch["attention_mask"]
         padding = int(mask.numel() - mask.count_nonzero())
         if padding <= WORTH_IT * mask.numel():
+            return batch
+        if mask.numel() - padding > self._longest_line or int(mask.sum(dim=1).max()) > self._longest_row:
             return batch
         if not self._checked:
             if mask.shape[0] == 1:
@@ -125,6 +131,18 @@ def _has_rows(batch: Mapping[str, Any]) -> bool:
     return tokens == {"input_ids", "attention_mask", "labels"} and batch["attention_mask"].ndim == 2
 
 
+def _longest(model: nn.Module) -> tuple[float, float]:
+    """Most tokens of a line, and of a row, for which the model's masks say no more than who precedes whom.
+
+    Chunks of attention, and a scale that grows with the position, are counted along the line and not along the row.
+    """
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    values = (getattr(text_config, name, None) for name in ("attention_chunk_size", "floor_scale", "sliding_window"))
+    chunk, floor, window = (value if isinstance(value, int) and value > 0 else math.inf for value in values)
+    return min(chunk, floor - 1), window
+
+
 def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str | None:
     """Why the model does not compute the same without padding, tried on the two shortest rows; None if it does."""
     lengths = batch["attention_mask"].sum(dim=1)
@@ -144,7 +162,7 @@ def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str | None:
     allowed = TOLERANCE[next(model.parameters()).dtype]
     if torch.is_autocast_enabled(batch["input_ids"].device.type):
         allowed = max(allowed, TOLERANCE[torch.get_autocast_dtype(batch["input_ids"].device.type)])
-    if abs(bare - padded) > allowed * abs(padded):
+    if not abs(bare - padded) <= allowed * abs(padded):  # so that a NaN is a difference
         return f"without padding the loss of two rows is {bare:.6g} and not {padded:.6g}: its layers mix rows"
     return None
 
