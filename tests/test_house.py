@@ -41,6 +41,7 @@ ROOMS = (
     "probe",
     "scores",
     "cost",
+    "activations",
     "memory",
     "selection",
     "allocation",

@@ -7,17 +7,16 @@ import json
 import pytest
 import torch
 
+from aletheia_lora.activations import LayerActivations, saved_activations
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.errors import PlanError
 from aletheia_lora.loss import LOGIT_BYTES
 from aletheia_lora.memory import (
     STATE_BYTES,
-    LayerActivations,
     MemoryModel,
     device_memory,
     memory_model,
     parse_bytes,
-    saved_activations,
     stored_bytes,
 )
 from families import CONFIGS, GROUPED_MATMUL, build

@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from aletheia_lora.activations import LayerActivations
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.cost import CostModel, StepShape, cost_model
 from aletheia_lora.errors import PlanError
-from aletheia_lora.memory import LayerActivations, MemoryModel
+from aletheia_lora.memory import MemoryModel
 from aletheia_lora.selection import (
     STRATEGIES,
     LayerSelection,

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from .activations import Activations
 from .anatomy import ModelAnatomy
 from .calibration import calibrated_cost
 from .cost import CostModel, Ranks, Source, StepShape, cost_model
-from .memory import Activations, MemoryModel, in_words, memory_model
+from .memory import MemoryModel, in_words, memory_model
 from .probe_result import ProbeResult
 
 MAX_LENGTHS = 101

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from .activations import without_contents
 from .allocation import ALLOCATIONS
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import measured_rate
@@ -27,7 +28,7 @@ from .embedded import load_embedded_model, split_by_module, standard_library_row
 from .errors import ConfigError, UnsupportedModelError, nearest
 from .evaluation.evaluate import EvaluationOptions, Prepared, evaluate, prepare
 from .files import check_output, check_writable, write_bytes, write_json
-from .memory import device_memory, parse_bytes, without_contents
+from .memory import device_memory, parse_bytes
 from .methods import METHODS
 from .outlook import OutlookOptions, auto_class, model_from_config, outlook, outlook_text
 from .plan_options import PlanOptions
