@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
 
 from .anatomy import LayerAnatomy, ModelAnatomy, is_quantized, linear_shape
 from .layers import embedding_of, layer_blocks
@@ -77,7 +78,8 @@ def saved_activations(
 
     The batch is padded, as batches of training are: with a mask attention keeps more than without.
     Frozen weights need no gradient, so only what the gradient of the activations needs is kept, plus what adapters
-    need: the input of each adapted matrix, in float32, and per rank one float32 number per token.
+    need: the input of each adapted matrix and per rank one number per token, as they are where ``fast_lora.py`` runs
+    the adapter; where PEFT does, in float32, and of an input in half precision one copy for each matrix.
 
     Raises:
         RuntimeError: Or whatever the model's forward raises.
@@ -169,10 +171,10 @@ class _Trace:
         """Storage -> layer, bytes, and a tensor that keeps the storage from being used again."""
         self.inputs: dict[int, dict[int, tuple[int, Tensor]]] = defaultdict(dict)
         """Layer -> storage of a module's input -> bytes."""
-        self.rows: dict[str, int] = {}
-        """Rows that went through each module."""
         self.casts: dict[int, int] = defaultdict(int)
-        """Layer -> bytes of float32 copies of inputs, where inputs are of another dtype."""
+        """Layer -> bytes of the float32 copies of half-precision inputs that PEFT's own forward makes."""
+        self.per_rank: dict[int, int] = defaultdict(int)
+        """Layer -> bytes that one rank on all its modules keeps."""
         modules = dict(model.named_modules())
         self.handles = [embedding_of(model).register_forward_hook(_requires_gradient)]
         for layer_idx, part in enumerate(layer_blocks(model)):
@@ -181,7 +183,7 @@ class _Trace:
                 self.handles.append(block.register_forward_hook(self._leave))
         for entry in anatomy.modules:
             if entry.storage != "stacked":
-                hook = self._input(entry.layer_idx, entry.name, entry.in_features)
+                hook = self._input(entry.layer_idx, entry.in_features)
                 self.handles.append(modules[entry.name].register_forward_pre_hook(hook))
 
     def _enter(self, layer_idx: int) -> Any:
@@ -193,14 +195,17 @@ class _Trace:
     def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self.current = None
 
-    def _input(self, layer_idx: int, name: str, in_features: int) -> Any:
+    def _input(self, layer_idx: int, in_features: int) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
                 if getattr(module, "keeps_input", type(module).__name__ in KEEPS_INPUT):
                     self.note(args[0])
                 storage, size = storage_of(args[0])
-                self.rows[name] = self.rows.get(name, 0) + args[0].numel() // in_features
-                if args[0].dtype in (torch.float16, torch.bfloat16):
+                half = args[0].dtype in (torch.float16, torch.bfloat16)
+                copied = half and not _runs_fast(module, args[0].dtype)
+                of_one = 2 if half and not copied else 4
+                self.per_rank[layer_idx] += of_one * (args[0].numel() // in_features)
+                if copied:
                     self.casts[layer_idx] += 4 * args[0].numel()
                 else:
                     self.inputs[layer_idx][storage] = (size, args[0])
@@ -226,7 +231,7 @@ class _Trace:
                     size for storage, (size, _) in self.inputs[layer.layer_idx].items() if storage not in self.kept
                 )
                 + self.casts[layer.layer_idx],
-                adapter_per_rank=sum(4 * self.rows.get(module.name, 0) for module in layer.modules),
+                adapter_per_rank=self.per_rank[layer.layer_idx],
             )
             for layer in self.anatomy.layers
         )
@@ -240,13 +245,19 @@ def _formula(layer: LayerAnatomy, anatomy: ModelAnatomy, tokens: int, dtype: tor
     """Two norms keep their inputs; the output of every matrix is kept once, of a gated one as the product, too."""
     size = dtype.itemsize
     outputs = sum(module.out_features * module.num_experts * module.active_share for module in layer.modules)
-    inputs = {(module.kind, module.in_features) for module in layer.modules}
-    casts = [module.in_features for module in layer.modules] if size < 4 else [side for _, side in inputs]
+    copied = [module for module in layer.modules if size < 4 and module.storage == "quantized"]
+    inputs = {(module.kind, module.in_features) for module in layer.modules if module not in copied}
+    own = sum(module.storage != "stacked" for module in layer.modules) - len(copied)
     return LayerActivations(
         saved=round(tokens * size * (2 * anatomy.hidden_size + 1.5 * outputs)),
-        adapter_inputs=tokens * 4 * sum(casts),
-        adapter_per_rank=4 * tokens * sum(module.storage != "stacked" for module in layer.modules),
+        adapter_inputs=tokens * (size * sum(side for _, side in inputs) + 4 * sum(m.in_features for m in copied)),
+        adapter_per_rank=tokens * (size * own + 4 * len(copied)),
     )
+
+
+def _runs_fast(module: nn.Module, dtype: torch.dtype) -> bool:
+    """True where ``FastLora`` will run a plain adapter on this bare module, on inputs of this dtype."""
+    return type(module) in (nn.Linear, Conv1D) and module.weight.dtype == dtype
 
 
 def _times(entry: LayerActivations, factor: float) -> LayerActivations:

@@ -184,7 +184,7 @@ def memory_model(
         weights = stored_bytes(model) if weights is None else weights
     layers, how = layer_activations(anatomy, model, num_rows=num_rows, length=length, dtype=dtype)
     layers = tuple(
-        replace(entry, adapter_inputs=entry.adapter_inputs + _merged_experts(layer))
+        replace(entry, adapter_inputs=entry.adapter_inputs + _merged_experts(layer, model, dtype))
         for entry, layer in zip(layers, anatomy.layers, strict=True)
     )
     widest = max(max(m.in_features, m.out_features) for m in anatomy.modules)
@@ -256,6 +256,8 @@ def device_memory(device: torch.device | str) -> int:
         ) from error
 
 
-def _merged_experts(layer: LayerAnatomy) -> int:
-    """Bytes of expert stacks with their adapters added in, which PEFT makes anew in every forward."""
-    return sum(4 * module.num_params for module in layer.modules if module.storage == "stacked")
+def _merged_experts(layer: LayerAnatomy, model: Any, dtype: torch.dtype) -> int:
+    """Bytes of expert stacks with their adapters added in, which PEFT makes anew, in their dtype, in every forward."""
+    stacks = [module for module in layer.modules if module.storage == "stacked"]
+    sizes = [dtype.itemsize if model is None else model.get_parameter(stack.name).element_size() for stack in stacks]
+    return sum(size * stack.num_params for size, stack in zip(sizes, stacks, strict=True))
