@@ -134,6 +134,19 @@ def kept_bytes(model, found):
     return sum(size for size, _ in kept.values())
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_only_targeted_modules_keep_something_for_adapters(given):
+    model = build("llama")
+    found = anatomy(model)
+    made = memory_model(found, **SHAPE, model=model if given else None, targets=("q_proj", "down_proj"))
+    assert made.layers[2].adapter_inputs == 4 * 24 * (32 + 64)
+    assert made.layers[2].adapter_per_rank == 4 * 24 * 2
+    assert made.adapter_params[2] == 32 + 32 + 64 + 32
+    assert made.layers[2].saved == memory_model(found, **SHAPE, model=model if given else None).layers[2].saved
+    stacked = anatomy(build("mixtral"))
+    assert memory_model(stacked, **SHAPE, targets=("q_proj",)).layers[1].adapter_inputs == 4 * 24 * 32
+
+
 def test_inputs_that_peft_copies_are_counted_where_no_fast_adapter_runs():
     found = anatomy(build("llama"))
     packed = replace(

@@ -16,7 +16,7 @@ from aletheia_lora.anatomy import anatomy
 from aletheia_lora.data import batches, tokenize
 from aletheia_lora.errors import DataError, PlanError, ProbeError
 from aletheia_lora.plan_options import PlanOptions
-from aletheia_lora.planning import Plan, plan, plan_from_probe
+from aletheia_lora.planning import Plan, mean_ranks, plan, plan_from_probe
 from aletheia_lora.probe import probe
 from aletheia_lora.scores import SCORES
 from aletheia_lora.selection import STRATEGIES
@@ -280,6 +280,10 @@ def test_targets_limit_what_is_adapted(rows):
         "model.layers.3.self_attn.v_proj",
     ]
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))).options == made.options
+    assert mean_ranks(made.anatomy, made.ranks, made.options.targets) == {3: made.ranks[0].rank}
+    everywhere = plan(build("llama"), rows, **SMALL, targets=("q_proj", "v_proj"), strategy="all", allocation="uniform")
+    assert everywhere.selection.predicted_time_share == pytest.approx(1.0)
+    assert everywhere.prediction.bytes == everywhere.prediction.uniform_bytes
 
 
 def test_a_probe_of_another_model_is_refused(measured):

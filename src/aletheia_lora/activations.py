@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,13 +33,19 @@ class LayerActivations:
     saved: int
     """Without adapters; every storage once, weights not counted."""
     adapter_inputs: int
-    """What adapters on all its modules keep besides, whatever their rank: inputs that nothing else keeps."""
+    """What adapters on all its targeted modules keep besides, whatever their rank: inputs that nothing else keeps."""
     adapter_per_rank: int
     """What each rank of them keeps besides."""
 
 
 def layer_activations(
-    anatomy: ModelAnatomy, model: Any, *, num_rows: int, length: int, dtype: torch.dtype
+    anatomy: ModelAnatomy,
+    model: Any,
+    *,
+    num_rows: int,
+    length: int,
+    dtype: torch.dtype,
+    targets: Sequence[str] | None = None,
 ) -> tuple[tuple[LayerActivations, ...], Activations]:
     """What each layer keeps for a batch of this shape, by the best way that works, and which one that was.
 
@@ -48,6 +55,7 @@ def layer_activations(
         num_rows: Rows of a batch.
         length: Tokens of each row.
         dtype: Of activations, where the formula has to do.
+        targets: Names of the modules that get adapters; None: all.
     """
     if model is not None:
         logger = logging.getLogger("torch._subclasses.fake_tensor")
@@ -56,7 +64,7 @@ def layer_activations(
             logger.setLevel(logging.CRITICAL)  # a kernel that cannot be traced is no news: there is another way
             twin, mode = without_contents(model)
             with mode:
-                return saved_activations(twin, anatomy, num_rows=num_rows, length=length), "traced"
+                return saved_activations(twin, anatomy, num_rows=num_rows, length=length, targets=targets), "traced"
         except Exception:  # kernels that read contents, packed weights: whatever a foreign forward raises
             pass
         finally:
@@ -64,15 +72,21 @@ def layer_activations(
         if not any(parameter.device.type == "meta" for parameter in model.parameters()):
             try:
                 few = min(length, TRIAL_LENGTH)
-                found = saved_activations(model, anatomy, num_rows=1, length=few)
+                found = saved_activations(model, anatomy, num_rows=1, length=few, targets=targets)
                 return tuple(_times(entry, num_rows * length / few) for entry in found), "run"
             except Exception:  # likewise; the formula still stands
                 pass
-    return tuple(_formula(layer, anatomy, num_rows * length, dtype) for layer in anatomy.layers), "formula"
+    tokens = num_rows * length
+    return tuple(_formula(layer, anatomy, tokens, dtype, targets) for layer in anatomy.layers), "formula"
 
 
 def saved_activations(
-    model: nn.Module, anatomy: ModelAnatomy, *, num_rows: int, length: int
+    model: nn.Module,
+    anatomy: ModelAnatomy,
+    *,
+    num_rows: int,
+    length: int,
+    targets: Sequence[str] | None = None,
 ) -> tuple[LayerActivations, ...]:
     """Bytes that each layer keeps for backward in one real forward of this shape; the model is left as found.
 
@@ -84,7 +98,7 @@ def saved_activations(
     Raises:
         RuntimeError: Or whatever the model's forward raises.
     """
-    trace = _Trace(model, anatomy)
+    trace = _Trace(model, anatomy, targets)
     weight = embedding_of(model).weight
     input_ids = torch.zeros(num_rows, length, dtype=torch.long, device=weight.device)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -163,7 +177,7 @@ class _Unpacked(nn.Linear):
 class _Trace:
     """Hooks that note what each layer keeps for backward, storage by storage."""
 
-    def __init__(self, model: nn.Module, anatomy: ModelAnatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: ModelAnatomy, targets: Sequence[str] | None) -> None:
         self.anatomy = anatomy
         self.weights = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
         self.current: int | None = None
@@ -181,7 +195,7 @@ class _Trace:
             for block in part:
                 self.handles.append(block.register_forward_pre_hook(self._enter(layer_idx), with_kwargs=True))
                 self.handles.append(block.register_forward_hook(self._leave))
-        for entry in anatomy.modules:
+        for entry in [module for layer in anatomy.layers for module in layer.targeted(targets)]:
             if entry.storage != "stacked":
                 hook = self._input(entry.layer_idx, entry.in_features)
                 self.handles.append(modules[entry.name].register_forward_pre_hook(hook))
@@ -241,13 +255,16 @@ class _Trace:
             handle.remove()
 
 
-def _formula(layer: LayerAnatomy, anatomy: ModelAnatomy, tokens: int, dtype: torch.dtype) -> LayerActivations:
+def _formula(
+    layer: LayerAnatomy, anatomy: ModelAnatomy, tokens: int, dtype: torch.dtype, targets: Sequence[str] | None
+) -> LayerActivations:
     """Two norms keep their inputs; the output of every matrix is kept once, of a gated one as the product, too."""
     size = dtype.itemsize
     outputs = sum(module.out_features * module.num_experts * module.active_share for module in layer.modules)
-    copied = [module for module in layer.modules if size < 4 and module.storage == "quantized"]
-    inputs = {(module.kind, module.in_features) for module in layer.modules if module not in copied}
-    own = sum(module.storage != "stacked" for module in layer.modules) - len(copied)
+    adapted = layer.targeted(targets)
+    copied = [module for module in adapted if size < 4 and module.storage == "quantized"]
+    inputs = {(module.kind, module.in_features) for module in adapted if module not in copied}
+    own = sum(module.storage != "stacked" for module in adapted) - len(copied)
     return LayerActivations(
         saved=round(tokens * size * (2 * anatomy.hidden_size + 1.5 * outputs)),
         adapter_inputs=tokens * (size * sum(side for _, side in inputs) + 4 * sum(m.in_features for m in copied)),

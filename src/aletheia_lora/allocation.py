@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .anatomy import ModelAnatomy, ModuleAnatomy
+from .anatomy import ModelAnatomy, ModuleAnatomy, matches_target
 from .errors import PlanError, nearest
 
 PROPORTIONAL_CEILING = 64
@@ -163,7 +163,7 @@ def matched(anatomy: ModelAnatomy, layers: Sequence[int], options: AllocationOpt
     """
     modules = _modules(anatomy, layers, options)
     _asked(modules, [options.rank] * len(modules), options)  # refuse a baseline that could not exist
-    everywhere = [module for module in anatomy.modules if _is_target(module, options)]
+    everywhere = [module for layer in anatomy.layers for module in layer.targeted(options.targets)]
     limit = sum(module.adapter_params(min(options.rank, module.max_rank)) for module in everywhere)
     ceilings = [min(module.max_rank, options.max_rank or module.max_rank) for module in modules]
 
@@ -185,15 +185,6 @@ ALLOCATIONS: dict[str, Allocation] = {
 # --- inside -----------------------------------------------------------------------------------------------------
 
 
-def _is_target(module: ModuleAnatomy, options: AllocationOptions) -> bool:
-    return options.targets is None or any(matches_target(module.name, target) for target in options.targets)
-
-
-def matches_target(name: str, target: str) -> bool:
-    """True if the target is the module's full name, or the end of it in whole words."""
-    return name == target or name.endswith(f".{target}")
-
-
 def _modules(anatomy: ModelAnatomy, layers: Sequence[int], options: AllocationOptions) -> list[ModuleAnatomy]:
     """The modules of these layers that the targets name, in order of depth."""
     present = [module for layer in layers for module in anatomy.layer(layer).modules]
@@ -201,7 +192,7 @@ def _modules(anatomy: ModelAnatomy, layers: Sequence[int], options: AllocationOp
         if not any(matches_target(module.name, target) for module in present):
             leaves = sorted({module.name.rpartition(".")[2] for module in present})
             raise PlanError(f"target {target!r} matches no module in layers {list(layers)}. {nearest(target, leaves)}")
-    modules = [module for module in present if _is_target(module, options)]
+    modules = [module for layer in layers for module in anatomy.layer(layer).targeted(options.targets)]
     if not modules:
         raise PlanError(f"layers {list(layers)} of {anatomy.architecture} hold no module that can be adapted.")
     return modules

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .activations import Activations, LayerActivations, layer_activations, storage_of
-from .anatomy import LayerAnatomy, ModelAnatomy
+from .anatomy import ModelAnatomy, ModuleAnatomy
 from .cost import Ranks
 from .errors import PlanError
 from .layers import embedding_of
@@ -40,7 +40,7 @@ class MemoryModel:
 
     layers: tuple[LayerActivations, ...]
     adapter_params: tuple[int, ...]
-    """Weights of one rank on every module of each layer."""
+    """Weights of one rank on every targeted module of each layer."""
     weights: int
     """Frozen weights and buffers as stored."""
     hidden: int
@@ -165,6 +165,7 @@ def memory_model(
     model: Any = None,
     dtype: torch.dtype = torch.float32,
     weights: int | None = None,
+    targets: Sequence[str] | None = None,
 ) -> MemoryModel:
     """Bytes of a training step on batches of this shape.
 
@@ -177,14 +178,15 @@ def memory_model(
             a few real tokens) activations follow a formula, which the result says.
         dtype: Of activations, where there is no model.
         weights: Bytes of the frozen weights, where they are not stored as in ``model``.
+        targets: Names of the modules that get adapters, of uniform LoRA too, as in ``PlanOptions``; None: all.
     """
     tokens = num_rows * length
     if model is not None:
         dtype = embedding_of(model).weight.dtype
         weights = stored_bytes(model) if weights is None else weights
-    layers, how = layer_activations(anatomy, model, num_rows=num_rows, length=length, dtype=dtype)
+    layers, how = layer_activations(anatomy, model, num_rows=num_rows, length=length, dtype=dtype, targets=targets)
     layers = tuple(
-        replace(entry, adapter_inputs=entry.adapter_inputs + _merged_experts(layer, model, dtype))
+        replace(entry, adapter_inputs=entry.adapter_inputs + _merged_experts(layer.targeted(targets), model, dtype))
         for entry, layer in zip(layers, anatomy.layers, strict=True)
     )
     widest = max(max(m.in_features, m.out_features) for m in anatomy.modules)
@@ -194,7 +196,7 @@ def memory_model(
     logit_bytes = anatomy.vocab_size * (dtype.itemsize + 4 * LOGIT_COPIES)
     return MemoryModel(
         layers=layers,
-        adapter_params=tuple(sum(m.adapter_params(1) for m in layer.modules) for layer in anatomy.layers),
+        adapter_params=tuple(sum(m.adapter_params(1) for m in layer.targeted(targets)) for layer in anatomy.layers),
         weights=anatomy.num_params * dtype.itemsize if weights is None else weights,
         hidden=tokens * hidden_per_token,
         working=WORKING_COPIES * tokens * widest * dtype.itemsize + unpacked,
@@ -256,8 +258,8 @@ def device_memory(device: torch.device | str) -> int:
         ) from error
 
 
-def _merged_experts(layer: LayerAnatomy, model: Any, dtype: torch.dtype) -> int:
+def _merged_experts(modules: Sequence[ModuleAnatomy], model: Any, dtype: torch.dtype) -> int:
     """Bytes of expert stacks with their adapters added in, which PEFT makes anew, in their dtype, in every forward."""
-    stacks = [module for module in layer.modules if module.storage == "stacked"]
+    stacks = [module for module in modules if module.storage == "stacked"]
     sizes = [dtype.itemsize if model is None else model.get_parameter(stack.name).element_size() for stack in stacks]
     return sum(size * stack.num_params for size, stack in zip(sizes, stacks, strict=True))

@@ -366,9 +366,10 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         )
     rng = np.random.default_rng(options.seed)
     scores = layer_scores(options.score, measured, model=model, rng=rng)
-    cost = probe_cost(found, measured, options.batch_size, calibrate=options.calibrate)
-    timed = probe_cost(found, measured, options.batch_size)
-    memory = probe_memory(found, measured, options.batch_size, model=model)
+    targets = options.targets
+    cost = probe_cost(found, measured, options.batch_size, calibrate=options.calibrate, targets=targets)
+    timed = probe_cost(found, measured, options.batch_size, targets=targets)
+    memory = probe_memory(found, measured, options.batch_size, model=model, targets=targets)
     memory_budget = parse_bytes(options.memory_budget)
     choice = SelectionOptions(
         percent=options.percent,
@@ -387,7 +388,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
 
     def ranked(layers: Sequence[int]) -> tuple[tuple[ModuleRank, ...], float, Prediction]:
         ranks = allocate(found, layers, options.allocation, allocation_options(options, measured))
-        rank, switches = mean_ranks(found, ranks), {"checkpointing": options.gradient_checkpointing}
+        rank, switches = mean_ranks(found, ranks, targets), {"checkpointing": options.gradient_checkpointing}
         share = cost.share(layers, rank=rank, uniform_rank=options.rank, prefix_cached=options.prefix_cache, **switches)
         shape = batch_shape(measured, options.batch_size)
         predicted = predict(
@@ -448,10 +449,12 @@ def allocation_options(options: PlanOptions, measured: ProbeResult | None) -> Al
     )
 
 
-def mean_ranks(found: ModelAnatomy, ranks: Sequence[ModuleRank]) -> dict[int, float]:
-    """Each layer's mean rank over its modules, weighted by in + out: what its adapters cost by."""
+def mean_ranks(
+    found: ModelAnatomy, ranks: Sequence[ModuleRank], targets: Sequence[str] | None = None
+) -> dict[int, float]:
+    """Each layer's mean rank over its targeted modules, weighted by in + out: what its adapters cost by."""
     params: Counter[int] = Counter()
     for entry in ranks:
         params[entry.layer_idx] += entry.num_params
-    one = {layer: sum(module.adapter_params(1) for module in found.layer(layer).modules) for layer in params}
+    one = {layer: sum(module.adapter_params(1) for module in found.layer(layer).targeted(targets)) for layer in params}
     return {layer: params[layer] / one[layer] for layer in params}

@@ -104,19 +104,38 @@ def length_profile(lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(ordered[round(index * (len(ordered) - 1) / (MAX_LENGTHS - 1))] for index in range(MAX_LENGTHS))
 
 
-def probe_cost(found: ModelAnatomy, measured: ProbeResult, batch_size: int, *, calibrate: bool = True) -> CostModel:
+def probe_cost(
+    found: ModelAnatomy,
+    measured: ProbeResult,
+    batch_size: int,
+    *,
+    calibrate: bool = True,
+    targets: Sequence[str] | None = None,
+) -> CostModel:
     """The cost of a training step: calibrated where the probe kept its time and ``calibrate`` is on, else counted."""
     shape = batch_shape(measured, batch_size).step
     if measured.timing is None or not calibrate:
-        return cost_model(found, shape)
-    return calibrated_cost(found, shape, measured.timing)
+        return cost_model(found, shape, targets=targets)
+    return calibrated_cost(found, shape, measured.timing, targets=targets)
 
 
-def probe_memory(found: ModelAnatomy, measured: ProbeResult, batch_size: int, *, model: Any = None) -> MemoryModel:
+def probe_memory(
+    found: ModelAnatomy,
+    measured: ProbeResult,
+    batch_size: int,
+    *,
+    model: Any = None,
+    targets: Sequence[str] | None = None,
+) -> MemoryModel:
     """The bytes of a training step on a batch of the longest rows; by formula where there is no model."""
     shape = batch_shape(measured, batch_size)
     return memory_model(
-        found, num_rows=shape.num_rows, length=shape.max_length, num_labelled=shape.max_labelled, model=model
+        found,
+        num_rows=shape.num_rows,
+        length=shape.max_length,
+        num_labelled=shape.max_labelled,
+        model=model,
+        targets=targets,
     )
 
 
