@@ -125,10 +125,12 @@ def test_a_step_is_the_sum_of_the_written_equation() -> None:
     rank1 = 1 - ADAPTER_OVERHEAD_RANKS  # so that an adapter costs one rank in all
     assert cost.step([1, 2], rank=rank1) == pytest.approx(7 + 60 + 0.6 + 100)
     assert cost.step([0, 2], rank={0: rank1 + 1, 2: rank1 + 2}) == pytest.approx(7 + 70 + 0.2 + 1.2 + 100)
-    assert cost.step([1], rank=rank1, checkpointing=True) == pytest.approx(7 + 60 + 0.2 + 100 + 6)
+    assert cost.step([1], rank=rank1, checkpointing=True) == pytest.approx(7 + 60 + 0.2 * 4 / 3 + 100 + 6)
     assert cost.step([1], rank=rank1, prefix_cached=True) == pytest.approx(6 + 60 + 0.2 + 100)
     assert cost.step([1], rank=rank1, all_logits=True) == pytest.approx(7 + 60 + 0.2 + 300)
-    assert cost.step([2], rank=rank1, checkpointing=True, prefix_cached=True) == pytest.approx(4 + 40 + 0.4 + 100 + 4)
+    assert cost.step([2], rank=rank1, checkpointing=True, prefix_cached=True) == pytest.approx(
+        4 + 40 + 0.4 * 4 / 3 + 100 + 4
+    )
 
 
 def test_only_experts_that_a_token_passes_through_are_counted() -> None:

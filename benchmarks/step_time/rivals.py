@@ -294,8 +294,8 @@ def operations(
         rival.trainer.startswith("trl") and not trl_skips_unlabelled(torch.device("cpu"))
     )
     base = counts.without_adapters(lowest, checkpointing=checkpointing, prefix_cached=replayed, all_logits=everywhere)
-    adapters = counts.adapters(arm.plan.selection.layers, rank=mean_ranks(found, arm.plan.ranks))
-    return base + adapters * (4 / 3 if checkpointing else 1)  # a third of an adapter's work is its forward
+    ranks = mean_ranks(found, arm.plan.ranks)
+    return base + counts.adapters(arm.plan.selection.layers, rank=ranks, checkpointing=checkpointing)
 
 
 def shapes_rate(found: ModelAnatomy, num_tokens: int) -> float:

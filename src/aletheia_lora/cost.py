@@ -137,8 +137,10 @@ class CostModel:
         recomputed = sum(self.forward[lowest:]) if checkpointing else 0.0
         return forward + recomputed + sum(self.backward[lowest:]) + (self.head_all_tokens if all_logits else self.head)
 
-    def adapters(self, layers: Iterable[int], *, rank: Ranks = 16) -> float:
-        """Cost of the adapters alone, sum of a_l over these layers.
+    def adapters(self, layers: Iterable[int], *, rank: Ranks = 16, checkpointing: bool = False) -> float:
+        """Cost of the adapters alone, sum of a_l over these layers; a third more with checkpointing.
+
+        A third of an adapter's work is its forward, and every adapted layer runs forward once more then.
 
         Raises:
             PlanError: If ``rank`` is a mapping that lacks one of the layers.
@@ -149,10 +151,11 @@ class CostModel:
             if missing:
                 raise PlanError(f"no rank was given for layers {missing}. Give one for each of {chosen}.")
         fixed = self.fixed
-        return sum(
+        once = sum(
             fixed[layer] + (rank[layer] if isinstance(rank, Mapping) else rank) * self.adapter_per_rank[layer]
             for layer in chosen
         )
+        return once * 4 / 3 if checkpointing else once
 
     def step(
         self,
@@ -170,7 +173,7 @@ class CostModel:
         Args:
             layers: S, the adapted layers.
             rank: One rank, or one per layer.
-            checkpointing: As for :meth:`without_adapters`; adapters are counted once all the same.
+            checkpointing: As for :meth:`without_adapters` and :meth:`adapters`.
             prefix_cached: As for :meth:`without_adapters`: a step of the second and later epochs.
             all_logits: As for :meth:`without_adapters`.
 
@@ -186,7 +189,7 @@ class CostModel:
         base = self.without_adapters(
             chosen[0], checkpointing=checkpointing, prefix_cached=prefix_cached, all_logits=all_logits
         )
-        return base + self.adapters(chosen, rank=rank)
+        return base + self.adapters(chosen, rank=rank, checkpointing=checkpointing)
 
     def uniform(self, *, rank: Ranks = 16, checkpointing: bool = False, all_logits: bool = False) -> float:
         """Cost of a step of uniform LoRA, every layer adapted. A prefix cache has nothing to keep there."""

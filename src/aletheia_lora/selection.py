@@ -259,15 +259,11 @@ def budget(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     for lowest in reversed(range(cost.num_layers)):
         candidates = [layer for layer in range(lowest, cost.num_layers) if scores[layer] > 0]
         money = [limit - cost.without_adapters(lowest, **switches)]
-        prices = [[cost.adapters([layer], rank=options.rank) for layer in candidates]]
+        how = {"rank": options.rank, "checkpointing": options.checkpointing}
+        prices = [[cost.adapters([layer], **how) for layer in candidates]]
         if options.memory_budget is not None and memory is not None:
             money.append(options.memory_budget - memory.without_adapters(lowest, rank=options.rank, **switches))
-            prices.append(
-                [
-                    memory.adapters([layer], rank=options.rank, checkpointing=options.checkpointing)
-                    for layer in candidates
-                ]
-            )
+            prices.append([memory.adapters([layer], **how) for layer in candidates])
         chosen = _best_affordable(
             [scores[layer] for layer in candidates], prices, money, options.num_layers or len(candidates)
         )
@@ -399,7 +395,8 @@ def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[Paret
         for count in range(1, min(len(order), options.num_layers or len(order)) + 1):
             layers = tuple(sorted(order[:count]))
             if layers[0] == lowest:  # any other is counted, cheaper, where its own lowest layer is
-                time_share = (base + cost.adapters(layers, rank=options.rank)) / uniform
+                adapters = cost.adapters(layers, rank=options.rank, checkpointing=options.checkpointing)
+                time_share = (base + adapters) / uniform
                 score_share = math.fsum(scores[layer] for layer in layers) / total
                 points.append(ParetoPoint(lowest, layers, score_share, time_share))
     frontier: list[ParetoPoint] = []
