@@ -43,6 +43,7 @@ ROOMS = (
     "cost",
     "activations",
     "memory",
+    "knapsack",
     "selection",
     "allocation",
     "adapter_options",

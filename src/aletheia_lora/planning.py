@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .adapter import lora_config, peft_config
 from .adapter_options import AdapterOptions
-from .allocation import AllocationOptions, ModuleRank, allocate, trainable_params
+from .allocation import AllocationOptions, ModuleRank, allocate, ranks_by_count, trainable_params
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import timed_adapters
 from .data import TokenizedRows, batches, tokenize
@@ -371,6 +371,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
     timed = probe_cost(found, measured, options.batch_size, targets=targets)
     memory = probe_memory(found, measured, options.batch_size, model=model, targets=targets)
     memory_budget = parse_bytes(options.memory_budget)
+    how_to_rank = allocation_options(options, measured)
     choice = SelectionOptions(
         percent=options.percent,
         num_layers=options.num_layers,
@@ -378,6 +379,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         time_budget=options.time_budget,
         memory_budget=memory_budget,
         rank=options.rank,
+        ranks=ranks_by_count(found, options.allocation, how_to_rank),
         seed=options.seed,
         cost=cost,
         memory=memory,
@@ -386,8 +388,8 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
     )
     frontier = tuple(pareto(scores, choice)) if min(scores.values()) >= 0 and max(scores.values()) > 0 else ()
 
-    def ranked(layers: Sequence[int]) -> tuple[tuple[ModuleRank, ...], float, Prediction]:
-        ranks = allocate(found, layers, options.allocation, allocation_options(options, measured))
+    def ranked(layers: Sequence[int]) -> Ranked:
+        ranks = allocate(found, layers, options.allocation, how_to_rank)
         rank, switches = mean_ranks(found, ranks, targets), {"checkpointing": options.gradient_checkpointing}
         share = cost.share(layers, rank=rank, uniform_rank=options.rank, prefix_cached=options.prefix_cache, **switches)
         shape = batch_shape(measured, options.batch_size)
@@ -403,6 +405,24 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         )
         return ranks, share, predicted
 
+    selection, (ranks, share, predicted) = _chosen(scores, options, choice, ranked)
+    selection = replace(selection, predicted_time_share=share)
+    made = Plan(found, options, scores, selection, ranks, frontier, measured, predicted)
+    return made.with_adapter(options.adapter)
+
+
+Ranked = tuple[tuple[ModuleRank, ...], float, Prediction]
+"""The ranks of a choice of layers, its share of uniform LoRA's step time, and what a step is predicted to take."""
+
+
+def _chosen(
+    scores: Mapping[int, float],
+    options: PlanOptions,
+    choice: SelectionOptions,
+    ranked: Callable[[Sequence[int]], Ranked],
+) -> tuple[LayerSelection, Ranked]:
+    """The strategy's choice with its ranks; under ``budget`` one that keeps the budgets with them."""
+    memory_budget = choice.memory_budget
     while True:
         try:
             selection = select(scores, options.strategy, choice)
@@ -417,21 +437,19 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
                 memory_budget,
                 with_ranks=f", with the ranks that {options.allocation!r} gives it",
             ) from error
-        ranks, share, predicted = ranked(selection.layers)
+        found = ranked(selection.layers)
+        _, share, predicted = found
         too_slow = share > options.time_budget * (1 + 1e-9)
         too_large = memory_budget is not None and predicted.bytes > memory_budget
         if options.strategy != "budget" or not (too_slow or too_large):
-            break
-        # The ranks that go with the choice cost more than the rank it was made at: choose within less.
+            return selection, found
+        # Ranks that depend on which layers were chosen can cost more than it was made at: choose within less.
         if too_slow:
             choice = replace(choice, time_budget=choice.time_budget * min(options.time_budget / share, 0.999))
         if too_large and memory_budget is not None and choice.memory_budget is not None:
             over = predicted.bytes - memory_budget
             chosen_at = min(choice.memory_budget, choice.step_bytes(selection.layers))
             choice = replace(choice, memory_budget=max(chosen_at - max(over // 4, 1), 1))
-    selection = replace(selection, predicted_time_share=share)
-    made = Plan(found, options, scores, selection, ranks, frontier, measured, predicted)
-    return made.with_adapter(options.adapter)
 
 
 def allocation_options(options: PlanOptions, measured: ProbeResult | None) -> AllocationOptions:
