@@ -36,7 +36,7 @@ from .planning import Plan, plan_from_probe, probe_rows
 from .processes import on_main, together, world_size
 from .quantized import plain_tensors, quantization_config
 from .report.page import finding, write_page
-from .report.plots import plot_probe_scores
+from .report.plots import plot_pareto, plot_probe_scores
 from .rows import load_rows
 from .run_config import GROUPS, RunConfig
 from .scores import SCORES, layer_scores
@@ -109,7 +109,7 @@ def run_probe(config: RunConfig, say: Say) -> dict[str, Any]:
 
 
 def run_plan(config: RunConfig, say: Say) -> dict[str, Any]:
-    """Plan what to adapt; writes ``plan.json`` to the output, if one is given."""
+    """Plan what to adapt; writes ``plan.json`` and ``plan.png``, the Pareto plot, to the output, if one is given."""
     target = config.output
     if target is not None:
         target = target if target.suffix == ".json" else target / "plan.json"
@@ -118,10 +118,16 @@ def run_plan(config: RunConfig, say: Say) -> dict[str, Any]:
     given = _given_plan(config)
     made = _plan(config, say, given, *_model_and_data(config, say))
     if target is not None:
-        file = target
-        on_main(lambda: made.save(file), "writing the plan")
-        say(f"wrote {target}")
+        file, picture = target, target.with_suffix(".png")
+        on_main(lambda: (made.save(file), write_bytes(picture, _pareto_picture(made))), "writing the plan")
+        say(f"wrote {file} and {picture.name}")
     return {**made.to_dict(), "text": str(made), "file": None if target is None else str(target)}
+
+
+def _pareto_picture(made: Plan) -> bytes:
+    record = made.to_dict()
+    points = [{**point, "num_layers": len(point["layers"])} for point in record["pareto"]]
+    return plot_pareto({"selection": record["selection"], "pareto": points})
 
 
 def preview_plan(config: RunConfig, say: Say) -> dict[str, Any]:
