@@ -78,6 +78,11 @@ def test_rivals_take_the_same_steps_in_turns_and_a_failed_one_keeps_its_reason(r
     base = records["uniform_trainer"]
     for record in records.values():
         assert record["failed"] is None
+        padded = [shape["tokens"] < 0.95 * shape["rows"] * shape["length"] for shape in record["shapes"]]
+        assert any(padded)
+        assert [shape["unpadded"] for shape in record["shapes"]] == (
+            padded if record["trainer"] == "aletheia" else [False] * 4
+        )
         assert record["epochs"] == [0, 0, 1, 1] and min(record["step_seconds"]) > 0
         assert rivals.same_batches(record, base)
         if record["adapter"] != "adalora":  # whose loss has a term for orthogonality
@@ -117,6 +122,12 @@ def test_the_arithmetic_of_a_step_is_what_torch_counts(rivals, raced):
     arm = rivals.arm_of("uniform_trainer", made, 1)
     counted = rivals.operations(made.anatomy, arm, rivals.RIVALS[arm.name], shape, 0, replayed=False)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)  # layer 0 needs no gradient of its input
+    half = {**shape, "tokens": 64, "squares": 2 * 32**2, "unpadded": True}  # two of four rows were nothing but padding
+    ours = rivals.arm_of("uniform_ours", made, 1), rivals.RIVALS["uniform_ours"]
+    unpadded, two_rows = (
+        rivals.operations(made.anatomy, *ours, of, 0, replayed=False) for of in (half, {**shape, "rows": 2})
+    )
+    assert unpadded == two_rows < rivals.operations(made.anatomy, *ours, shape, 0, replayed=False)
 
 
 def test_rivals_stop_when_the_time_is_over(rivals):
