@@ -65,7 +65,15 @@ def rivals():
 
 @pytest.fixture(scope="module")
 def raced(rivals):
-    names = ["uniform_trl", "paper_ours", "last_ours", "budget_70", "budget_70_cached", "dora_trainer"]
+    names = [
+        "uniform_trl",
+        "uniform_trl_no_checkpointing",
+        "paper_ours",
+        "last_ours",
+        "budget_70",
+        "budget_70_cached",
+        "dora_trainer",
+    ]
     names += ["adalora_trainer", "budget_quarter_cached"]
     return rivals.measure(tiny_setup(rivals), names, rivals.Settings(steps=4, num_batches=2))
 
@@ -97,6 +105,11 @@ def test_a_replayed_step_has_less_arithmetic_and_checkpointing_more(raced):
     full, cached = records["budget_70"]["operations"], records["budget_70_cached"]["operations"]
     assert cached[:2] == full[:2] and all(a < b for a, b in zip(cached[2:], full[2:], strict=True))
     assert records["uniform_trl"]["operations"][0] > records["uniform_trainer"]["operations"][0]
+    no_checkpointing = records["uniform_trl_no_checkpointing"]
+    assert no_checkpointing["operations"] == records["uniform_trainer"]["operations"]
+    # bf16 stays on: its losses are TRL's as shipped and not those of float32
+    assert no_checkpointing["first_loss"] == records["uniform_trl"]["first_loss"]
+    assert no_checkpointing["first_loss"] != records["uniform_trainer"]["first_loss"]
 
 
 def test_the_table_of_rivals_is_made_from_the_records_alone(rivals, raced, tmp_path):

@@ -57,6 +57,7 @@ class Rival:
 RIVALS = {
     "uniform_trainer": Rival("uniform, plain PEFT under Trainer", "uniform", "trainer"),
     "uniform_trl": Rival("uniform, TRL as shipped", "uniform", "trl_as_shipped"),
+    "uniform_trl_no_checkpointing": Rival("uniform, TRL, checkpointing off", "uniform", "trl_no_checkpointing"),
     "uniform_trl_fast": Rival("uniform, TRL, checkpointing and bf16 off", "uniform", "trl_fast"),
     "uniform_ours": Rival("uniform, our trainer", "uniform", "aletheia"),
     "paper_trainer": Rival("paper's half, Trainer", "paper", "trainer"),
@@ -75,7 +76,7 @@ RIVALS = {
     "adalora_trainer": Rival("uniform AdaLoRA, Trainer", "uniform", "trainer", adapter="adalora"),
 }
 YARDSTICK = "uniform_trainer"
-UNIFORM_RIVALS = ("uniform_trainer", "uniform_trl", "uniform_trl_fast")
+UNIFORM_RIVALS = ("uniform_trainer", "uniform_trl", "uniform_trl_no_checkpointing", "uniform_trl_fast")
 
 
 # --- what is run ------------------------------------------------------------------------------------------------
