@@ -41,6 +41,7 @@ ROOMS = (
     "probe",
     "scores",
     "cost",
+    "padding",
     "activations",
     "memory",
     "knapsack",

@@ -32,10 +32,11 @@ from aletheia_lora.cost import BACKWARD_PENALTY, HEAD_PENALTY, CostModel, StepSh
 from aletheia_lora.data import TokenizedRows, split
 from aletheia_lora.environment import environment
 from aletheia_lora.errors import AletheiaError
+from aletheia_lora.padding import trl_skips_unlabelled
 from aletheia_lora.planning import Plan, mean_ranks
 from aletheia_lora.probe_result import ProbeResult
 from aletheia_lora.training.interleave import Turn, take_turns
-from aletheia_lora.training.trainer import SFTTrainer, attach_plan, trl_skips_unlabelled
+from aletheia_lora.training.trainer import SFTTrainer, attach_plan
 
 HERE = Path(__file__).resolve().parent
 SEED, PROBE_ROWS, LEARNING_RATE = 0, 8, 2e-3
@@ -138,11 +139,8 @@ def adapter_of(kind: str, steps: int) -> Callable[[Any, Plan, int], PeftModel]:
 def run_for(
     arm: Arm, seen: list[dict[str, int]], setup: Setup, rows: Any, over: Callable[[], bool]
 ) -> Callable[[Turn], None]:
-    """What takes the turns of one rival; ``seen`` fills with what each batch was.
-
-    Rows, padded length and predicted labels; real tokens and the sum of squared row lengths; and whether the step left
-    padding out, as it was seen to.
-    """
+    """What takes the turns of one rival; ``seen`` fills with each batch's rows, padded length, predicted labels, real
+    tokens and sum of squared row lengths, and with whether its step was seen to leave padding out."""
     rival = RIVALS[arm.name]
 
     def prepare(trainer: Any) -> None:
@@ -296,13 +294,9 @@ def bare_counts(found: ModelAnatomy, shape: StepShape) -> CostModel:
 def operations(
     found: ModelAnatomy, arm: Arm, rival: Rival, shape: dict[str, int], lowest: int, *, replayed: bool
 ) -> float:
-    """Floating-point operations of one step of this rival, on this batch, down to the layer that backward reached.
-
-    Padding counts where it was computed. Where rows were laid end to end, each token meets those of its own row: on
-    average the sum of squared lengths over the sum of lengths.
-    """
+    """Floating-point operations of one step of this rival, on this batch, down to the layer that backward reached."""
     tokens, length = shape["rows"] * shape["length"], shape["length"]
-    if shape.get("unpadded"):
+    if shape.get("unpadded"):  # each token meets those of its own row
         tokens, length = shape["tokens"], round(shape["squares"] / shape["tokens"])
     labelled = max(shape["labelled"], 1)
     counts = bare_counts(

@@ -25,6 +25,7 @@ from .files import write_json
 from .layers import embedding_of
 from .memory import parse_bytes
 from .methods import method_of, with_params
+from .padding import foreseen_padding
 from .placement import input_device
 from .plan_options import PlanOptions
 from .prediction import (
@@ -367,8 +368,11 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
     rng = np.random.default_rng(options.seed)
     scores = layer_scores(options.score, measured, model=model, rng=rng)
     targets = options.targets
-    cost = probe_cost(found, measured, options.batch_size, calibrate=options.calibrate, targets=targets)
-    timed = probe_cost(found, measured, options.batch_size, targets=targets)
+    padded = foreseen_padding(found, model) is not None
+    # A choice by counts is the same everywhere; only seconds are those of this device and launch.
+    timed = probe_cost(found, measured, options.batch_size, targets=targets, padded=padded)
+    counted = probe_cost(found, measured, options.batch_size, calibrate=False, targets=targets)
+    cost = timed if options.calibrate else counted
     memory = probe_memory(found, measured, options.batch_size, model=model, targets=targets)
     memory_budget = parse_bytes(options.memory_budget)
     how_to_rank = allocation_options(options, measured)
@@ -392,7 +396,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         ranks = allocate(found, layers, options.allocation, how_to_rank)
         rank, switches = mean_ranks(found, ranks, targets), {"checkpointing": options.gradient_checkpointing}
         share = cost.share(layers, rank=rank, uniform_rank=options.rank, prefix_cached=options.prefix_cache, **switches)
-        shape = batch_shape(measured, options.batch_size)
+        shape = batch_shape(measured, options.batch_size, padded=padded)
         predicted = predict(
             timed,
             memory,
