@@ -11,6 +11,7 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from aletheia_lora.adapter import attach
+from aletheia_lora.cost import StepShape, cost_model
 from aletheia_lora.data import tokenize
 from aletheia_lora.errors import ConfigError
 from aletheia_lora.planning import Plan
@@ -255,6 +256,38 @@ def test_runs_that_never_get_there_or_fail_stay_in_the_table(to_loss):
     assert "never in 1.20 (1.1000)" in table
     assert "seed 2 failed: RuntimeError: out of luck" in table
     assert "1 of 2 reached it; 1 failed" in table
+
+
+# --- predictions of a step --------------------------------------------------------------------------------------
+
+
+def test_costs_are_predicted_for_the_very_batches_that_are_run(monkeypatch):
+    module = script("cost_model/run.py")
+    layers = [{"name": "last 2", "layers": [2, 3], "rank": 8, "checkpointing": on} for on in (False, True)]
+    monkeypatch.setattr(module, "CHOICES", layers)
+    model, rows = build("llama"), tokenize(word_rows(16), word_tokenizer())
+    short, long = module.all_batches(rows, "cpu")[0], random_batches(count=1, rows=4, length=64)[0]
+    long["attention_mask"][1:, 8:] = 0  # one long row, three short ones
+    assert module.computed(long) == (64 + 3 * 8, round((64**2 + 3 * 8**2) / 88), long["labels"][:, 1:].ne(-100).sum())
+    _, brief, _ = module.predictions(model, rows, [short], short)
+    found, made, _ = module.predictions(model, rows, [short, long], long)
+    assert made[0]["operations"] > brief[0]["operations"] and made[0]["bytes"] > brief[0]["bytes"]
+    shape = module.computed(short)
+    counted = cost_model(found, StepShape(num_tokens=shape[0], sequence_length=shape[1], num_labelled_tokens=shape[2]))
+    assert brief[0]["operations"] == counted.step([2, 3], rank=8)
+    assert made[1]["seconds"] > made[0]["seconds"] > 0
+
+
+def test_the_lowest_error_of_bytes_is_shown(tmp_path, capsys):
+    module = script("cost_model/run.py")
+    choice = {"name": "all", "rank": 8, "checkpointing": False, "step_seconds": [2.0]}
+    records = [
+        {**choice, "predicted": {"seconds": 2.0, "operations": 1.0, "bytes": size}, "peak_bytes": 100}
+        for size in (108, 94)
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    module.show(tmp_path)
+    assert "bytes: mean absolute error 7.0%, largest 8.0%, lowest -6.0%, n = 2" in capsys.readouterr().out
 
 
 # --- packed bases and the memory of a probe ---------------------------------------------------------------------------
