@@ -267,7 +267,7 @@ def test_costs_are_predicted_for_the_very_batches_that_are_run(monkeypatch):
     monkeypatch.setattr(module, "CHOICES", layers)
     model, rows = build("llama"), tokenize(word_rows(16), word_tokenizer())
     short, long = module.all_batches(rows, "cpu")[0], random_batches(count=1, rows=4, length=64)[0]
-    long["attention_mask"][1:, 8:] = 0  # one long row, three short ones
+    long["attention_mask"][1:, 8:], long["labels"][1:, 8:] = 0, -100  # one long row, three short ones
     assert module.computed(long) == (64 + 3 * 8, round((64**2 + 3 * 8**2) / 88), long["labels"][:, 1:].ne(-100).sum())
     _, brief, _ = module.predictions(model, rows, [short], short)
     found, made, _ = module.predictions(model, rows, [short, long], long)

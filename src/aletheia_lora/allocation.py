@@ -113,8 +113,8 @@ def ranks_by_count(
     layers = [layer.targeted(options.targets) for layer in anatomy.layers]
     counts = range(1, anatomy.num_layers + 1)
     if strategy == "asymmetric":
-        means = {idx: _mean(modules, [_by_kind(m, options) for m in modules]) for idx, modules in enumerate(layers)}
-        return dict.fromkeys(counts, means)
+        fixed = {idx: _mean(modules, [_by_kind(m, options) for m in modules]) for idx, modules in enumerate(layers)}
+        return dict.fromkeys(counts, fixed)
     if strategy != "matched" or not any(layers):
         return None
     limit = _uniform_params(anatomy, options)

@@ -57,7 +57,7 @@ def configs_of(model: nn.Module) -> list[Any]:
 
 def trl_skips_unlabelled(device: torch.device) -> bool:
     """True where TRL's fused head projects labelled positions only: where Triton runs. Elsewhere it projects all."""
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return False
     try:
         from trl.kernels.chunked_logprob import _use_triton  # slow to import, and of no use on a CPU
