@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from aletheia_lora.allocation import ALLOCATIONS, AllocationOptions, allocate, trainable_params
+from aletheia_lora.allocation import ALLOCATIONS, AllocationOptions, allocate, ranks_by_count, trainable_params
 from aletheia_lora.anatomy import LayerAnatomy, ModelAnatomy, ModuleAnatomy, anatomy
 from aletheia_lora.errors import PlanError
+from aletheia_lora.planning import mean_ranks
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -295,3 +297,26 @@ def test_layers_without_anything_to_adapt_are_refused() -> None:
 def test_an_unknown_allocation_names_the_nearest(tiny: ModelAnatomy) -> None:
     with pytest.raises(ValueError, match="Did you mean 'matched'"):
         allocate(tiny, [0], "matchd")
+
+
+def test_ranks_by_count_are_those_of_any_choice_of_so_many_equal_layers(tiny: ModelAnatomy) -> None:
+    for name in ("matched", "asymmetric"):
+        options = options_for(name, tiny)
+        counted = ranks_by_count(tiny, name, options)
+        assert counted is not None
+        for layers in ([0], [1, 3], [0, 1, 2], [0, 1, 2, 3]):
+            ranks = mean_ranks(tiny, allocate(tiny, layers, name, options))
+            assert {layer: counted[len(layers)][layer] for layer in layers} == ranks
+    assert ranks_by_count(tiny, "uniform", AllocationOptions()) is None
+
+
+def test_ranks_by_count_are_never_below_those_of_a_choice_of_unequal_layers() -> None:
+    small, large = [("q", "attention", 16, 16)], [("q", "attention", 32, 32), ("up", "mlp", 32, 64)]
+    model = made_up(small, large, small, large, [])
+    counted = ranks_by_count(model, "matched", AllocationOptions(rank=4))
+    assert counted is not None and counted[1][4] == 0.0
+    for layers in (subset for size in range(1, 5) for subset in itertools.combinations(range(4), size)):
+        ranks = mean_ranks(model, allocate(model, layers, "matched", AllocationOptions(rank=4)))
+        assert all(counted[len(layers)][layer] >= rank for layer, rank in ranks.items())
+        if len(layers) == 1:
+            assert counted[1][layers[0]] == ranks[layers[0]]

@@ -11,6 +11,7 @@ from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from aletheia_lora.adapter import attach
+from aletheia_lora.cost import StepShape, cost_model
 from aletheia_lora.data import tokenize
 from aletheia_lora.errors import ConfigError
 from aletheia_lora.planning import Plan
@@ -65,7 +66,15 @@ def rivals():
 
 @pytest.fixture(scope="module")
 def raced(rivals):
-    names = ["uniform_trl", "paper_ours", "last_ours", "budget_70", "budget_70_cached", "dora_trainer"]
+    names = [
+        "uniform_trl",
+        "uniform_trl_no_checkpointing",
+        "paper_ours",
+        "last_ours",
+        "budget_70",
+        "budget_70_cached",
+        "dora_trainer",
+    ]
     names += ["adalora_trainer", "budget_quarter_cached"]
     return rivals.measure(tiny_setup(rivals), names, rivals.Settings(steps=4, num_batches=2))
 
@@ -78,6 +87,11 @@ def test_rivals_take_the_same_steps_in_turns_and_a_failed_one_keeps_its_reason(r
     base = records["uniform_trainer"]
     for record in records.values():
         assert record["failed"] is None
+        padded = [shape["tokens"] < 0.95 * shape["rows"] * shape["length"] for shape in record["shapes"]]
+        assert any(padded)
+        assert [shape["unpadded"] for shape in record["shapes"]] == (
+            padded if record["trainer"] == "aletheia" else [False] * 4
+        )
         assert record["epochs"] == [0, 0, 1, 1] and min(record["step_seconds"]) > 0
         assert rivals.same_batches(record, base)
         if record["adapter"] != "adalora":  # whose loss has a term for orthogonality
@@ -92,6 +106,11 @@ def test_a_replayed_step_has_less_arithmetic_and_checkpointing_more(raced):
     full, cached = records["budget_70"]["operations"], records["budget_70_cached"]["operations"]
     assert cached[:2] == full[:2] and all(a < b for a, b in zip(cached[2:], full[2:], strict=True))
     assert records["uniform_trl"]["operations"][0] > records["uniform_trainer"]["operations"][0]
+    no_checkpointing = records["uniform_trl_no_checkpointing"]
+    assert no_checkpointing["operations"] == records["uniform_trainer"]["operations"]
+    # bf16 stays on: its losses are TRL's as shipped and not those of float32
+    assert no_checkpointing["first_loss"] == records["uniform_trl"]["first_loss"]
+    assert no_checkpointing["first_loss"] != records["uniform_trainer"]["first_loss"]
 
 
 def test_the_table_of_rivals_is_made_from_the_records_alone(rivals, raced, tmp_path):
@@ -117,6 +136,12 @@ def test_the_arithmetic_of_a_step_is_what_torch_counts(rivals, raced):
     arm = rivals.arm_of("uniform_trainer", made, 1)
     counted = rivals.operations(made.anatomy, arm, rivals.RIVALS[arm.name], shape, 0, replayed=False)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)  # layer 0 needs no gradient of its input
+    half = {**shape, "tokens": 64, "squares": 2 * 32**2, "unpadded": True}  # two of four rows were nothing but padding
+    ours = rivals.arm_of("uniform_ours", made, 1), rivals.RIVALS["uniform_ours"]
+    unpadded, two_rows = (
+        rivals.operations(made.anatomy, *ours, of, 0, replayed=False) for of in (half, {**shape, "rows": 2})
+    )
+    assert unpadded == two_rows < rivals.operations(made.anatomy, *ours, shape, 0, replayed=False)
 
 
 def test_rivals_stop_when_the_time_is_over(rivals):
@@ -231,6 +256,38 @@ def test_runs_that_never_get_there_or_fail_stay_in_the_table(to_loss):
     assert "never in 1.20 (1.1000)" in table
     assert "seed 2 failed: RuntimeError: out of luck" in table
     assert "1 of 2 reached it; 1 failed" in table
+
+
+# --- predictions of a step --------------------------------------------------------------------------------------
+
+
+def test_costs_are_predicted_for_the_very_batches_that_are_run(monkeypatch):
+    module = script("cost_model/run.py")
+    layers = [{"name": "last 2", "layers": [2, 3], "rank": 8, "checkpointing": on} for on in (False, True)]
+    monkeypatch.setattr(module, "CHOICES", layers)
+    model, rows = build("llama"), tokenize(word_rows(16), word_tokenizer())
+    short, long = module.all_batches(rows, "cpu")[0], random_batches(count=1, rows=4, length=64)[0]
+    long["attention_mask"][1:, 8:], long["labels"][1:, 8:] = 0, -100  # one long row, three short ones
+    assert module.computed(long) == (64 + 3 * 8, round((64**2 + 3 * 8**2) / 88), long["labels"][:, 1:].ne(-100).sum())
+    _, brief, _ = module.predictions(model, rows, [short], short)
+    found, made, _ = module.predictions(model, rows, [short, long], long)
+    assert made[0]["operations"] > brief[0]["operations"] and made[0]["bytes"] > brief[0]["bytes"]
+    shape = module.computed(short)
+    counted = cost_model(found, StepShape(num_tokens=shape[0], sequence_length=shape[1], num_labelled_tokens=shape[2]))
+    assert brief[0]["operations"] == counted.step([2, 3], rank=8)
+    assert made[1]["seconds"] > made[0]["seconds"] > 0
+
+
+def test_the_lowest_error_of_bytes_is_shown(tmp_path, capsys):
+    module = script("cost_model/run.py")
+    choice = {"name": "all", "rank": 8, "checkpointing": False, "step_seconds": [2.0]}
+    records = [
+        {**choice, "predicted": {"seconds": 2.0, "operations": 1.0, "bytes": size}, "peak_bytes": 100}
+        for size in (108, 94)
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    module.show(tmp_path)
+    assert "bytes: mean absolute error 7.0%, largest 8.0%, lowest -6.0%, n = 2" in capsys.readouterr().out
 
 
 # --- packed bases and the memory of a probe ---------------------------------------------------------------------------

@@ -65,6 +65,9 @@ def test_adapters_cost_what_was_timed_on_their_shapes():
     made = calibrated_cost(found, SHAPE, replace(timing_at(found), adapters=timed, adapter_tokens=48))
     assert made.adapters([1], rank=10) == pytest.approx(2 * 7 * (0.5 + 10 * 0.01))  # 96 of 48 tokens, seven modules
     assert made.step([1], rank=10) == pytest.approx(made.without_adapters(1) + made.adapters([1], rank=10))
+    timing = replace(timing_at(found), adapters=timed, adapter_tokens=48)
+    two = calibrated_cost(found, SHAPE, timing, targets=("q_proj", "down_proj"))
+    assert two.adapters([1], rank=10) == pytest.approx(2 * 2 * (0.5 + 10 * 0.01))
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -164,7 +164,8 @@ def test_plan_keeps_a_plan_that_says_what_was_printed(aletheia, model, data, tmp
         made = Plan.load(file)
         assert printed == f"{made}\n"
         assert made.selection.layers == (2, 3)
-        assert names(file.parent) == {file.name}
+        assert names(file.parent) == {file.name, f"{file.stem}.png"}
+        assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     record = one_object(aletheia("plan", model, data, *SMALL, "--json"))
     assert Plan.from_dict(record).selection.layers == made.selection.layers
     assert record["file"] is None and record["text"].startswith("LlamaForCausalLM: layers 2-3")
@@ -194,7 +195,7 @@ def test_train_writes_an_adapter_by_a_plan_made_before(aletheia, model, data, tm
     assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_" in n) == record["trainable_params"]
     printed = aletheia("train", *shared, "--output", tmp_path / "again", "--gradient-accumulation", "2")
     assert "backward stopped at layer 2 (measured)" in printed
-    assert names(tmp_path) == {"plan.json", "adapter", "again"}
+    assert names(tmp_path) == {"plan.json", "plan.png", "adapter", "again"}
 
 
 def test_rows_that_are_cut_or_left_out_are_counted_aloud(data):

@@ -111,15 +111,26 @@ def test_parts_equal_a_count_by_hand(tiny: ModelAnatomy) -> None:
     assert (cost.head, cost.head_all_tokens) == (HEAD_PENALTY * 4 * 10 * 64 * 32, HEAD_PENALTY * 4 * 40 * 64 * 32)
 
 
+def test_only_targeted_modules_pay_for_adapters(tiny: ModelAnatomy) -> None:
+    everything, some = cost_model(tiny, SHAPE), cost_model(tiny, SHAPE, targets=("q_proj", "mlp.up_proj"))
+    assert some.adapter_per_rank == (6 * 40 * (32 + 32 + 32 + 48),) * 4
+    assert some.fixed == pytest.approx([ADAPTER_OVERHEAD_RANKS * one for one in some.adapter_per_rank])
+    assert (some.forward, some.backward, some.head) == (everything.forward, everything.backward, everything.head)
+    assert some.uniform() == pytest.approx(some.without_adapters(0) + some.adapters(range(4)))
+    assert some.uniform() < everything.uniform()
+
+
 def test_a_step_is_the_sum_of_the_written_equation() -> None:
     cost = CostModel((1.0, 2.0, 4.0), (10.0, 20.0, 40.0), (0.1, 0.2, 0.4), 100.0, 300.0)
     rank1 = 1 - ADAPTER_OVERHEAD_RANKS  # so that an adapter costs one rank in all
     assert cost.step([1, 2], rank=rank1) == pytest.approx(7 + 60 + 0.6 + 100)
     assert cost.step([0, 2], rank={0: rank1 + 1, 2: rank1 + 2}) == pytest.approx(7 + 70 + 0.2 + 1.2 + 100)
-    assert cost.step([1], rank=rank1, checkpointing=True) == pytest.approx(7 + 60 + 0.2 + 100 + 6)
+    assert cost.step([1], rank=rank1, checkpointing=True) == pytest.approx(7 + 60 + 0.2 * 4 / 3 + 100 + 6)
     assert cost.step([1], rank=rank1, prefix_cached=True) == pytest.approx(6 + 60 + 0.2 + 100)
     assert cost.step([1], rank=rank1, all_logits=True) == pytest.approx(7 + 60 + 0.2 + 300)
-    assert cost.step([2], rank=rank1, checkpointing=True, prefix_cached=True) == pytest.approx(4 + 40 + 0.4 + 100 + 4)
+    assert cost.step([2], rank=rank1, checkpointing=True, prefix_cached=True) == pytest.approx(
+        4 + 40 + 0.4 * 4 / 3 + 100 + 4
+    )
 
 
 def test_only_experts_that_a_token_passes_through_are_counted() -> None:

@@ -3,21 +3,24 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from aletheia_lora.activations import LayerActivations, saved_activations
+from aletheia_lora.adapter import attach
+from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.errors import PlanError
+from aletheia_lora.fast_lora import FastLora
 from aletheia_lora.loss import LOGIT_BYTES
 from aletheia_lora.memory import (
     STATE_BYTES,
-    LayerActivations,
     MemoryModel,
     device_memory,
     memory_model,
     parse_bytes,
-    saved_activations,
     stored_bytes,
 )
 from families import CONFIGS, GROUPED_MATMUL, build
@@ -63,6 +66,12 @@ def test_experts_that_cannot_be_traced_are_run_on_few_tokens_and_the_record_says
     assert made.layers[1].saved == pytest.approx(real[1].saved, rel=0.01)  # counts of tokens per expert do not scale
     stack = sum(4 * module.num_params for module in anatomy(model).layers[1].modules if module.storage == "stacked")
     assert made.layers[1].adapter_inputs == real[1].adapter_inputs + stack
+    half = memory_model(anatomy(model), **SHAPE, model=build("mixtral", torch.bfloat16))
+    few = saved_activations(build("mixtral", torch.bfloat16), anatomy(model), num_rows=2, length=12)
+    assert half.layers[1].adapter_inputs == few[1].adapter_inputs + stack // 2  # PEFT adds in the stack's own dtype
+    assert memory_model(anatomy(model), **SHAPE, dtype=torch.bfloat16).layers[1].adapter_inputs < (
+        memory_model(anatomy(model), **SHAPE).layers[1].adapter_inputs
+    )
 
 
 def test_without_a_model_a_formula_stands_in_and_the_record_says_so():
@@ -85,6 +94,72 @@ def test_a_llama_layer_keeps_what_a_count_by_hand_says():
     # Of query, key and value; of gate and up; of down. The input of the output map is attention's output, kept already.
     assert made.layers[2].adapter_inputs == 4 * tokens * (32 + 32 + 64)
     assert made.layers[2].adapter_per_rank == 4 * tokens * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fast", [True, False])
+def test_adapters_are_predicted_to_keep_what_they_keep(dtype, fast):
+    model = build("llama", dtype).requires_grad_(False)
+    found = anatomy(model)
+    predicted = saved_activations(model, found, num_rows=2, length=12)
+    twin = attach(copy.deepcopy(model), found, allocate(found, [3], "uniform", AllocationOptions(rank=4)))
+    if fast:
+        FastLora(twin)
+    kept = kept_bytes(twin, found) - kept_bytes(model, found)
+    expected = predicted[3].adapter_inputs + 4 * predicted[3].adapter_per_rank
+    if dtype == torch.bfloat16 and not fast:  # predictions are for fast adapters: PEFT copies each input in float32
+        tokens = 2 * 12
+        expected = 4 * tokens * (6 * 32 + 64) + 4 * (4 * tokens * 7)
+    assert kept == expected
+
+
+def kept_bytes(model, found):
+    """Bytes that a forward keeps for the backward of layer 3 and what follows, weights not counted."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    handle = base.model.layers[2].register_forward_hook(lambda _m, _a, output: output.detach().requires_grad_(True))
+    ids, mask = torch.zeros(2, 12, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)
+    mask[0, -1] = 0
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        base(input_ids=ids, attention_mask=mask, use_cache=False)
+    handle.remove()
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_only_targeted_modules_keep_something_for_adapters(given):
+    model = build("llama")
+    found = anatomy(model)
+    made = memory_model(found, **SHAPE, model=model if given else None, targets=("q_proj", "down_proj"))
+    assert made.layers[2].adapter_inputs == 4 * 24 * (32 + 64)
+    assert made.layers[2].adapter_per_rank == 4 * 24 * 2
+    assert made.adapter_params[2] == 32 + 32 + 64 + 32
+    assert made.layers[2].saved == memory_model(found, **SHAPE, model=model if given else None).layers[2].saved
+    stacked = anatomy(build("mixtral"))
+    assert memory_model(stacked, **SHAPE, targets=("q_proj",)).layers[1].adapter_inputs == 4 * 24 * 32
+
+
+def test_inputs_that_peft_copies_are_counted_where_no_fast_adapter_runs():
+    found = anatomy(build("llama"))
+    packed = replace(
+        found,
+        layers=tuple(
+            replace(layer, modules=tuple(replace(module, storage="quantized") for module in layer.modules))
+            for layer in found.layers
+        ),
+    )
+    plain, copied = (memory_model(given, **SHAPE, dtype=torch.bfloat16).layers[1] for given in (found, packed))
+    single = memory_model(found, **SHAPE).layers[1]
+    assert (plain.adapter_inputs, plain.adapter_per_rank) == (single.adapter_inputs / 2, single.adapter_per_rank / 2)
+    assert copied.adapter_inputs == 4 * 24 * (6 * 32 + 64) and copied.adapter_per_rank == single.adapter_per_rank
 
 
 def test_tracing_leaves_the_model_as_found():

@@ -11,14 +11,15 @@ from peft import LoraConfig, get_peft_model
 
 import aletheia_lora
 from aletheia_lora.adapter import check_census
-from aletheia_lora.allocation import ALLOCATIONS
+from aletheia_lora.allocation import ALLOCATIONS, allocate
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.data import batches, tokenize
 from aletheia_lora.errors import DataError, PlanError, ProbeError
 from aletheia_lora.plan_options import PlanOptions
-from aletheia_lora.planning import Plan, plan, plan_from_probe
+from aletheia_lora.planning import Plan, allocation_options, mean_ranks, plan, plan_from_probe
+from aletheia_lora.prediction import probe_cost
 from aletheia_lora.probe import probe
-from aletheia_lora.scores import SCORES
+from aletheia_lora.scores import SCORES, layer_scores
 from aletheia_lora.selection import STRATEGIES
 from families import build
 from tiny_inputs import word_tokenizer
@@ -212,6 +213,30 @@ def test_a_budget_is_kept_with_the_ranks_that_are_given_or_the_error_names_one_t
     assert made.selection.predicted_time_share <= time_budget * (1 + 1e-9)  # float64
 
 
+@pytest.mark.parametrize("allocation", ["matched", "asymmetric"])
+def test_no_choice_that_keeps_the_budget_with_its_own_ranks_scores_higher(measured, allocation):
+    _, found, result = measured
+    options = PlanOptions(**SMALL, allocation=allocation)
+    cost = probe_cost(found, result, options.batch_size, calibrate=False)
+    scores = layer_scores("gradient_norm", result)
+    shares = {}
+    for layers in (subset for size in range(1, 5) for subset in itertools.combinations(range(4), size)):
+        ranks = mean_ranks(found, allocate(found, layers, allocation, allocation_options(options, result)))
+        shares[layers] = cost.share(layers, rank=ranks, uniform_rank=options.rank)
+    for time_budget in sorted({min(share, 1.0) for share in shares.values()}):
+        made = plan_from_probe(found, result, replace(options, time_budget=time_budget))
+        best = max(sum(scores[layer] for layer in layers) for layers in shares if shares[layers] <= time_budget)
+        assert sum(scores[layer] for layer in made.selection.layers) == pytest.approx(best)
+        assert made.selection.predicted_time_share == pytest.approx(shares[made.selection.layers])
+        assert all(  # the choice is not beaten by its own frontier
+            point.predicted_time_share > time_budget * (1 - 1e-9)
+            or point.score_share <= made.selection.score_share + 1e-9
+            for point in made.pareto
+        )
+        for point in made.pareto:
+            assert point.predicted_time_share == pytest.approx(shares[point.layers])
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "matched"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_a_memory_budget_is_kept_or_the_error_names_one_that_will_do(measured, allocation, gradient_checkpointing):
@@ -298,6 +323,10 @@ def test_targets_limit_what_is_adapted(rows):
         "model.layers.3.self_attn.v_proj",
     ]
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))).options == made.options
+    assert mean_ranks(made.anatomy, made.ranks, made.options.targets) == {3: made.ranks[0].rank}
+    everywhere = plan(build("llama"), rows, **SMALL, targets=("q_proj", "v_proj"), strategy="all", allocation="uniform")
+    assert everywhere.selection.predicted_time_share == pytest.approx(1.0)
+    assert everywhere.prediction.bytes == everywhere.prediction.uniform_bytes
 
 
 def test_a_probe_of_another_model_is_refused(measured):

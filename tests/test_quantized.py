@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
+from aletheia_lora.activations import without_contents
 from aletheia_lora.adapter import attach, lora_config, shared_copy
 from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy, is_quantized
@@ -20,7 +21,7 @@ from aletheia_lora.config import apply_aletheia_lora
 from aletheia_lora.data import tokenize
 from aletheia_lora.errors import ConfigError, PlanError, UnsupportedModelError
 from aletheia_lora.loss import evaluating, heldout_loss, labelled_loss
-from aletheia_lora.memory import memory_model, stored_bytes, without_contents
+from aletheia_lora.memory import memory_model, stored_bytes
 from aletheia_lora.planning import plan
 from aletheia_lora.probe import gradient_probe, probe
 from aletheia_lora.quantized import QUANTIZATIONS, gradients_kept, plain_tensors, quantization_config

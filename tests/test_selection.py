@@ -12,10 +12,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from aletheia_lora.activations import LayerActivations
+from aletheia_lora.allocation import AllocationOptions, ranks_by_count
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.cost import CostModel, StepShape, cost_model
 from aletheia_lora.errors import PlanError
-from aletheia_lora.memory import LayerActivations, MemoryModel
+from aletheia_lora.memory import MemoryModel
 from aletheia_lora.selection import (
     STRATEGIES,
     LayerSelection,
@@ -194,6 +196,26 @@ def test_budget_equals_brute_force_over_all_subsets(equal_adapters: bool, num_la
         assert selection.predicted_time_share <= share * (1 + 1e-6)  # the solver's tolerance
         assert len(selection.layers) <= (num_layers or 7)
     assert found >= 15
+
+
+def test_each_number_of_layers_is_solved_at_its_own_rank() -> None:
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=8, num_attention_heads=4
+    )
+    with torch.device("meta"):
+        found = anatomy(LlamaForCausalLM(config))
+    cost = cost_model(found, StepShape(num_tokens=800, num_labelled_tokens=300, sequence_length=200))
+    scores = dict(enumerate((1.81, 1.19, 2.83, 0.4, 0.92, 0.57, 0.63, 0.31)))
+    ranks = ranks_by_count(found, "matched", AllocationOptions(rank=4))
+    assert ranks is not None and ranks[8][0] == 4 and ranks[4][0] == 8
+    subsets = [layers for size in range(1, 9) for layers in itertools.combinations(range(8), size)]
+    shares = {layers: cost.share(layers, rank=ranks[len(layers)], uniform_rank=4) for layers in subsets}
+    for time_budget in (0.45, 0.55, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0):
+        options = SelectionOptions(time_budget=time_budget, rank=4, ranks=ranks, cost=cost)
+        best = max(sum(scores[layer] for layer in layers) for layers in subsets if shares[layers] <= time_budget)
+        made = select(scores, "budget", options)
+        assert sum(scores[layer] for layer in made.layers) == pytest.approx(best, rel=1e-12)
+        assert made.predicted_time_share == pytest.approx(shares[made.layers])
 
 
 def test_budget_of_all_the_time_takes_all_layers() -> None:

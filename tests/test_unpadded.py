@@ -7,7 +7,8 @@ from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.data import NO_LABEL
 from aletheia_lora.loss import labelled_loss
-from aletheia_lora.training.unpadded import ROW_BY_ROW, Unpadded, without_padding
+from aletheia_lora.padding import ROW_BY_ROW
+from aletheia_lora.training.unpadded import Unpadded, without_padding
 from families import CONFIGS, build, random_batches
 
 # Which families compute the same without padding, and why the others stay padded.

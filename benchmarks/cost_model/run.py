@@ -27,7 +27,7 @@ CHOICES = [
     for name, layers in LAYERS.items()
 ]
 SEED, BATCH_SIZE, NUM_ROWS, MAX_LENGTH = 0, 4, 256, 512
-SETTINGS = {"probe_batches": 4, "batch_size": BATCH_SIZE, "seed": SEED}
+SETTINGS = {"probe_batches": 4, "batch_size": BATCH_SIZE, "calibrate": True, "seed": SEED}
 
 
 class Arm:
@@ -86,27 +86,59 @@ def all_batches(rows, device):
     return [{key: value.to(device) for key, value in batch.items()} for batch in batches(list(rows), BATCH_SIZE, 0)]
 
 
-def predictions(model, rows):
-    """One calibration; what it predicts for every choice, with what counting alone predicts beside it."""
+def longest_of(batches):
+    """The batch that memory is measured on: the most columns."""
+    return max(batches, key=lambda batch: batch["input_ids"].shape[1])
+
+
+def computed(batch):
+    """Tokens that a step computes of this batch, how many of a row each of them meets, and labels to predict.
+
+    Rows are laid end to end where ``Unpadded`` finds that worth it; then a token meets those of its own row.
+    """
+    from aletheia_lora.training.unpadded import WORTH_IT
+
+    lengths = batch["attention_mask"].sum(dim=1)
+    tokens, length = batch["input_ids"].numel(), batch["input_ids"].shape[1]
+    if tokens - int(lengths.sum()) > WORTH_IT * tokens:
+        tokens, length = int(lengths.sum()), round(float(lengths.square().sum() / lengths.sum()))
+    return tokens, length, max(int((batch["labels"][:, 1:] != -100).sum()), 1)
+
+
+def predictions(model, rows, run_on, longest):
+    """One calibration; what it predicts for every choice, with what counting alone predicts beside it.
+
+    Args:
+        model: The base model.
+        rows: Rows to probe.
+        run_on: The batches whose steps are timed, each as often as it is taken: predicted is the mean over them.
+        longest: The batch that memory is measured on.
+    """
+    from aletheia_lora.calibration import calibrated_cost
+    from aletheia_lora.cost import StepShape, cost_model
+    from aletheia_lora.memory import memory_model
     from aletheia_lora.plan_options import PlanOptions
     from aletheia_lora.planning import probe_rows
-    from aletheia_lora.prediction import probe_cost, probe_memory
 
     found, measured = probe_rows(model, rows, PlanOptions(**SETTINGS))
-    memory = probe_memory(found, measured, BATCH_SIZE, model=model)
-    costs = {
-        name: probe_cost(found, measured, BATCH_SIZE, calibrate=name == "calibrated")
-        for name in ("calibrated", "counted")
-    }
+    shapes = [
+        StepShape(num_tokens=tokens, sequence_length=length, num_labelled_tokens=labels)
+        for tokens, length, labels in map(computed, run_on)
+    ]
+    calibrated = [calibrated_cost(found, shape, measured.timing) for shape in shapes]
+    counted = [cost_model(found, shape) for shape in shapes]
+    tokens, _, labels = computed(longest)
+    num_rows = len(longest["input_ids"])
+    memory = memory_model(
+        found, num_rows=num_rows, length=-(-tokens // num_rows), num_labelled=labels, model=model
+    )  # rows of equal length, together as many tokens as the step computes
     made = []
     for choice in CHOICES:
         how = {"rank": choice["rank"], "checkpointing": choice["checkpointing"]}
-        calibrated = costs["calibrated"]
         made.append(
             {
-                "seconds": calibrated.step(choice["layers"], **how),
-                "ratio": calibrated.step(choice["layers"], **how) / calibrated.uniform(),
-                "counted_ratio": costs["counted"].step(choice["layers"], **how) / costs["counted"].uniform(),
+                "seconds": statistics.mean(cost.step(choice["layers"], **how) for cost in calibrated),
+                "operations": statistics.mean(cost.step(choice["layers"], **how) for cost in counted),
                 "bytes": memory.step(choice["layers"], **how) - memory.weights,
             }
         )
@@ -123,7 +155,7 @@ def peak_bytes(index, device):
         return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
 
     model, rows = prepared(device)
-    longest = max(all_batches(rows, device), key=lambda batch: batch["input_ids"].shape[1])
+    longest = longest_of(all_batches(rows, device))
     with torch.no_grad():  # wake the libraries up and read every weight
         model(longest["input_ids"][:1, :32])
     cuda = longest["input_ids"].is_cuda
@@ -144,16 +176,17 @@ def measure(arguments):
 
     chosen = list(range(len(CHOICES)))[: arguments.choices]
     model, rows = prepared(arguments.device)
-    found, predicted, probe_seconds = predictions(model, rows)
-    arms = {index: Arm(model, found, CHOICES[index]) for index in chosen}
     batches = all_batches(rows, arguments.device)
+    run_on = [batches[turn % len(batches)] for turn in range(arguments.steps)]
+    found, predicted, probe_seconds = predictions(model, rows, run_on, longest_of(batches))
+    arms = {index: Arm(model, found, CHOICES[index]) for index in chosen}
     for arm in arms.values():
         arm.step(batches[0])
     seconds = {index: [] for index in chosen}
-    for turn in range(arguments.steps):
-        batch = batches[turn % len(batches)]
+    for batch in run_on:
         for index in chosen:
             seconds[index].append(arms[index].step(batch))
+    padded = {index: arms[index].unpadded.turned_off for index in chosen}
     del arms, model
     records = []
     for index in chosen:
@@ -165,6 +198,7 @@ def measure(arguments):
                 **CHOICES[index],
                 "predicted": predicted[index],
                 "step_seconds": seconds[index],
+                "stays_padded": padded[index],
                 "peak_bytes": measured,
                 "failed": done.stderr[-300:] if measured is None else None,
                 "probe_seconds": probe_seconds,
@@ -176,10 +210,10 @@ def measure(arguments):
 
 
 def show(folder):
-    """The table and the mean absolute errors, from the records alone."""
+    """The table and the errors, from the records alone; the lowest says how much too low a prediction was at worst."""
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     errors = {"seconds": [], "calibrated ratio": [], "counted ratio": [], "bytes": []}
-    # Mean, because the prediction is for the average batch; the yardstick is uniform LoRA of the first choice.
+    # Means over the same batches; the yardstick is uniform LoRA of the first choice.
     base = records[0]
     print("| choice | rank | checkpointing | s, predicted | s, measured | MiB, predicted | MiB, measured |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -187,7 +221,7 @@ def show(folder):
         predicted, measured = record["predicted"], statistics.mean(record["step_seconds"])
         ratio = measured / statistics.mean(base["step_seconds"])
         errors["seconds"].append(predicted["seconds"] / measured - 1)
-        for name, key in (("calibrated ratio", "ratio"), ("counted ratio", "counted_ratio")):
+        for name, key in (("calibrated ratio", "seconds"), ("counted ratio", "operations")):
             errors[name].append(predicted[key] / base["predicted"][key] / ratio - 1)
         peak = record["peak_bytes"]
         if peak is not None:
@@ -200,7 +234,10 @@ def show(folder):
     for name, values in errors.items():
         if values:
             mean = statistics.mean(abs(value) for value in values)
-            print(f"{name}: mean absolute error {mean:.1%}, largest {max(map(abs, values)):.1%}, n = {len(values)}")
+            print(
+                f"{name}: mean absolute error {mean:.1%}, largest {max(map(abs, values)):.1%}, "
+                f"lowest {min(values):+.1%}, n = {len(values)}"
+            )
 
 
 def main():

@@ -6,6 +6,7 @@ the lowest adapted layer), with or without the states below that layer replayed 
 """
 
 import contextlib
+import dataclasses
 import gc
 import signal
 import time
@@ -162,7 +163,8 @@ def choices(record, model, data, rows, mode):
     options = PlanOptions(
         num_layers=half, batch_size=rows, rank=RANK, probe_batches=PROBE_ROWS, probe_mode=mode, seed=SEED
     )
-    found, probed = probe_rows(model, data, options)
+    # Adapters are timed for the predictions; choices are made by counts all the same.
+    found, probed = probe_rows(model, data, dataclasses.replace(options, calibrate=True))
     record["probe"] = {
         "seconds": probed.seconds,
         "batches": probed.num_batches,
@@ -404,7 +406,7 @@ def labelled_only(base, device):
     try:
         from trl.trainer.utils import add_fused_lm_head
 
-        from aletheia_lora.training.trainer import trl_skips_unlabelled
+        from aletheia_lora.padding import trl_skips_unlabelled
     except Exception:  # no TRL, an older one, or one that cannot be imported here
         return labelled_loss, "aletheia_lora.loss"
     if not trl_skips_unlabelled(device):

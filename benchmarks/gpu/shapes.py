@@ -73,7 +73,7 @@ SHAPES = {
     "Llama-3.1-8B": Shape("llama", sizes(4096, 14336, 32, 32, 128256, num_key_value_heads=8), 2048),
     "Gemma-2-9B": Shape("gemma2", sizes(3584, 14336, 42, 16, 256000, **GEMMA_2), 2048),
     "Qwen2.5-14B": Shape("qwen2", qwen(5120, 13824, 48, 40, 8, 152064), 2048),
-    # PEFT forms the whole update of each stack of experts, about 3 GB a layer that stays until backward.
+    # PEFT adds the adapter to a copy of each stack of experts, in bfloat16 2.8 GB a layer that stays until backward.
     "Mixtral-8x7B": Shape("mixtral", sizes(4096, 14336, 8, 32, 32000, **MIXTRAL), 2048, published_layers=32),
 }
 FOUR_BIT = {"Qwen2.5-72B": Shape("qwen2", qwen(8192, 29568, 80, 64, 8, 152064), 1024, four_bit=True)}

@@ -32,10 +32,11 @@ from aletheia_lora.cost import BACKWARD_PENALTY, HEAD_PENALTY, CostModel, StepSh
 from aletheia_lora.data import TokenizedRows, split
 from aletheia_lora.environment import environment
 from aletheia_lora.errors import AletheiaError
+from aletheia_lora.padding import trl_skips_unlabelled
 from aletheia_lora.planning import Plan, mean_ranks
 from aletheia_lora.probe_result import ProbeResult
 from aletheia_lora.training.interleave import Turn, take_turns
-from aletheia_lora.training.trainer import attach_plan, trl_skips_unlabelled
+from aletheia_lora.training.trainer import SFTTrainer, attach_plan
 
 HERE = Path(__file__).resolve().parent
 SEED, PROBE_ROWS, LEARNING_RATE = 0, 8, 2e-3
@@ -57,6 +58,7 @@ class Rival:
 RIVALS = {
     "uniform_trainer": Rival("uniform, plain PEFT under Trainer", "uniform", "trainer"),
     "uniform_trl": Rival("uniform, TRL as shipped", "uniform", "trl_as_shipped"),
+    "uniform_trl_no_checkpointing": Rival("uniform, TRL, checkpointing off", "uniform", "trl_no_checkpointing"),
     "uniform_trl_fast": Rival("uniform, TRL, checkpointing and bf16 off", "uniform", "trl_fast"),
     "uniform_ours": Rival("uniform, our trainer", "uniform", "aletheia"),
     "paper_trainer": Rival("paper's half, Trainer", "paper", "trainer"),
@@ -75,7 +77,7 @@ RIVALS = {
     "adalora_trainer": Rival("uniform AdaLoRA, Trainer", "uniform", "trainer", adapter="adalora"),
 }
 YARDSTICK = "uniform_trainer"
-UNIFORM_RIVALS = ("uniform_trainer", "uniform_trl", "uniform_trl_fast")
+UNIFORM_RIVALS = ("uniform_trainer", "uniform_trl", "uniform_trl_no_checkpointing", "uniform_trl_fast")
 
 
 # --- what is run ------------------------------------------------------------------------------------------------
@@ -137,7 +139,8 @@ def adapter_of(kind: str, steps: int) -> Callable[[Any, Plan, int], PeftModel]:
 def run_for(
     arm: Arm, seen: list[dict[str, int]], setup: Setup, rows: Any, over: Callable[[], bool]
 ) -> Callable[[Turn], None]:
-    """What takes the turns of one rival; ``seen`` fills with rows, padded length and predicted labels of each batch."""
+    """What takes the turns of one rival; ``seen`` fills with each batch's rows, padded length, predicted labels, real
+    tokens and sum of squared row lengths, and with whether its step was seen to leave padding out."""
     rival = RIVALS[arm.name]
 
     def prepare(trainer: Any) -> None:
@@ -146,8 +149,13 @@ def run_for(
         def noted(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
             num_rows, length = inputs["input_ids"].shape
             labelled = int((inputs["labels"][:, 1:] != -100).sum())
-            seen.append({"rows": num_rows, "length": length, "labelled": labelled})
-            return take_step(model, inputs, *rest, **named)
+            lengths = inputs["attention_mask"].sum(dim=1)
+            tokens = {"tokens": int(lengths.sum()), "squares": int(lengths.square().sum())}
+            seen.append({"rows": num_rows, "length": length, "labelled": labelled, **tokens})
+            before = padding_left_out(trainer)
+            loss = take_step(model, inputs, *rest, **named)
+            seen[-1]["unpadded"] = padding_left_out(trainer) > before
+            return loss
 
         trainer.training_step = noted
         trainer.add_callback(UntilTimeIsOver(over))
@@ -156,6 +164,12 @@ def run_for(
     options = CompareOptions(steps=arm.steps, batch_size=setup.batch_size, seed=SEED)
     adapt = adapter_of(rival.adapter, arm.steps)
     return run_of(arm, setup.model, setup.tokenizer, rows, setup.pad, options, adapt=adapt, prepare=prepare)
+
+
+def padding_left_out(trainer: Any) -> int:
+    """Tokens of padding that this trainer did not compute so far; of other trainers than ours 0."""
+    unpadded = trainer._shortcuts.unpadded if isinstance(trainer, SFTTrainer) else None
+    return 0 if unpadded is None else int(unpadded.num_padding)
 
 
 def arm_of(name: str, plan: Plan, steps: int) -> Arm:
@@ -281,21 +295,20 @@ def operations(
     found: ModelAnatomy, arm: Arm, rival: Rival, shape: dict[str, int], lowest: int, *, replayed: bool
 ) -> float:
     """Floating-point operations of one step of this rival, on this batch, down to the layer that backward reached."""
+    tokens, length = shape["rows"] * shape["length"], shape["length"]
+    if shape.get("unpadded"):  # each token meets those of its own row
+        tokens, length = shape["tokens"], round(shape["squares"] / shape["tokens"])
+    labelled = max(shape["labelled"], 1)
     counts = bare_counts(
-        found,
-        StepShape(
-            num_tokens=shape["rows"] * shape["length"],
-            num_labelled_tokens=max(shape["labelled"], 1),
-            sequence_length=shape["length"],
-        ),
+        found, StepShape(num_tokens=tokens, num_labelled_tokens=labelled, sequence_length=max(length, 1))
     )
     checkpointing = rival.trainer == "trl_as_shipped"
     everywhere = rival.trainer == "trainer" or (
         rival.trainer.startswith("trl") and not trl_skips_unlabelled(torch.device("cpu"))
     )
     base = counts.without_adapters(lowest, checkpointing=checkpointing, prefix_cached=replayed, all_logits=everywhere)
-    adapters = counts.adapters(arm.plan.selection.layers, rank=mean_ranks(found, arm.plan.ranks))
-    return base + adapters * (4 / 3 if checkpointing else 1)  # a third of an adapter's work is its forward
+    ranks = mean_ranks(found, arm.plan.ranks)
+    return base + counts.adapters(arm.plan.selection.layers, rank=ranks, checkpointing=checkpointing)
 
 
 def shapes_rate(found: ModelAnatomy, num_tokens: int) -> float:
@@ -445,7 +458,9 @@ def table(records: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 def same_batches(record: dict[str, Any], base: dict[str, Any]) -> bool:
     """True if both met batches of the same shapes, step by step, as far as both went."""
     shared = min(len(record["step_seconds"]), len(base["step_seconds"]))
-    return not shared or record["shapes"][:shared] == base["shapes"][:shared]
+    keys = ("rows", "length", "labelled")
+    ours, theirs = ([[shape[key] for key in keys] for shape in each["shapes"][:shared]] for each in (record, base))
+    return not shared or ours == theirs
 
 
 def main() -> None:

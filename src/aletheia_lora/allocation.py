@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .anatomy import ModelAnatomy, ModuleAnatomy
+from .anatomy import ModelAnatomy, ModuleAnatomy, matches_target
 from .errors import PlanError, nearest
 
 PROPORTIONAL_CEILING = 64
@@ -94,6 +95,44 @@ def trainable_params(ranks: Iterable[ModuleRank]) -> int:
     return sum(module.num_params for module in ranks)
 
 
+def ranks_by_count(
+    anatomy: ModelAnatomy, strategy: str, options: AllocationOptions
+) -> dict[int, dict[int, float]] | None:
+    """For each number k of chosen layers the mean rank of every layer, weighted by in + out: what a choice costs by.
+
+    ``matched`` ranks fall as more layers are chosen. Where layers differ in size, too, a layer's is that of itself and
+    the k - 1 smallest others: the highest it can get, so that no choice costs more than it seems to. ``asymmetric``
+    ones are the same for every k. None where ``options.rank`` stands for all: ``uniform``, and ``proportional``, whose
+    weights are at most as many.
+
+    Args:
+        anatomy: The model.
+        strategy: A key of :data:`ALLOCATIONS`.
+        options: As for :func:`allocate`.
+    """
+    layers = [layer.targeted(options.targets) for layer in anatomy.layers]
+    counts = range(1, anatomy.num_layers + 1)
+    if strategy == "asymmetric":
+        fixed = {idx: _mean(modules, [_by_kind(m, options) for m in modules]) for idx, modules in enumerate(layers)}
+        return dict.fromkeys(counts, fixed)
+    if strategy != "matched" or not any(layers):
+        return None
+    limit = _uniform_params(anatomy, options)
+    shapes = [tuple((m.adapter_params(1), _ceiling(m, options)) for m in modules) for modules in layers]
+    ordered = sorted(filter(layers.__getitem__, range(len(layers))), key=lambda idx: sum(one for one, _ in shapes[idx]))
+    found = {}
+    for count in counts:
+        means: dict[tuple[tuple[int, int], ...], float] = {(): 0.0}
+        for idx in ordered:
+            if shapes[idx] not in means:
+                others = [other for other in ordered if other != idx][: count - 1]
+                together = [module for chosen in (idx, *others) for module in layers[chosen]]
+                rank = _matched_rank(together, limit, options)
+                means[shapes[idx]] = _mean(layers[idx], [min(rank, ceiling) for _, ceiling in shapes[idx]])
+        found[count] = {idx: means[shape] for idx, shape in enumerate(shapes)}
+    return found
+
+
 # --- allocations ------------------------------------------------------------------------------------------------
 
 
@@ -108,9 +147,8 @@ def asymmetric(anatomy: ModelAnatomy, layers: Sequence[int], options: Allocation
 
     Saket, "Aletheia", arXiv 2604.15351, asymmetric ranks. There the scale changes with the rank; here alpha follows it.
     """
-    by_kind = {"attention": options.attention_rank, "mlp": options.mlp_rank, "expert": options.mlp_rank}
     modules = _modules(anatomy, layers, options)
-    return _asked(modules, [by_kind.get(module.kind, options.rank) for module in modules], options)
+    return _asked(modules, [_by_kind(module, options) for module in modules], options)
 
 
 def proportional(anatomy: ModelAnatomy, layers: Sequence[int], options: AllocationOptions) -> tuple[ModuleRank, ...]:
@@ -163,15 +201,8 @@ def matched(anatomy: ModelAnatomy, layers: Sequence[int], options: AllocationOpt
     """
     modules = _modules(anatomy, layers, options)
     _asked(modules, [options.rank] * len(modules), options)  # refuse a baseline that could not exist
-    everywhere = [module for module in anatomy.modules if _is_target(module, options)]
-    limit = sum(module.adapter_params(min(options.rank, module.max_rank)) for module in everywhere)
-    ceilings = [min(module.max_rank, options.max_rank or module.max_rank) for module in modules]
-
-    def params_at(rank: int) -> int:
-        return sum(module.adapter_params(min(rank, ceiling)) for module, ceiling in zip(modules, ceilings, strict=True))
-
-    rank = bisect_right(range(max(ceilings) + 1), limit, key=params_at) - 1
-    return _ranked(modules, [min(rank, ceiling) for ceiling in ceilings], options)
+    rank = _matched_rank(modules, _uniform_params(anatomy, options), options)
+    return _ranked(modules, [min(rank, _ceiling(module, options)) for module in modules], options)
 
 
 ALLOCATIONS: dict[str, Allocation] = {
@@ -185,13 +216,35 @@ ALLOCATIONS: dict[str, Allocation] = {
 # --- inside -----------------------------------------------------------------------------------------------------
 
 
-def _is_target(module: ModuleAnatomy, options: AllocationOptions) -> bool:
-    return options.targets is None or any(matches_target(module.name, target) for target in options.targets)
+def _by_kind(module: ModuleAnatomy, options: AllocationOptions) -> int:
+    by_kind = {"attention": options.attention_rank, "mlp": options.mlp_rank, "expert": options.mlp_rank}
+    return by_kind.get(module.kind, options.rank)
 
 
-def matches_target(name: str, target: str) -> bool:
-    """True if the target is the module's full name, or the end of it in whole words."""
-    return name == target or name.endswith(f".{target}")
+def _ceiling(module: ModuleAnatomy, options: AllocationOptions) -> int:
+    return min(module.max_rank, options.max_rank or module.max_rank)
+
+
+def _uniform_params(anatomy: ModelAnatomy, options: AllocationOptions) -> int:
+    """Trainable weights of uniform LoRA on the targets of all layers."""
+    everywhere = [module for layer in anatomy.layers for module in layer.targeted(options.targets)]
+    return sum(module.adapter_params(min(options.rank, module.max_rank)) for module in everywhere)
+
+
+def _matched_rank(modules: Sequence[ModuleAnatomy], limit: int, options: AllocationOptions) -> int:
+    """The largest rank whose adapters on these modules, cut at their ceilings, have at most ``limit`` weights."""
+    shapes = Counter((module.adapter_params(1), _ceiling(module, options)) for module in modules)
+
+    def params_at(rank: int) -> int:
+        return sum(count * sides * min(rank, ceiling) for (sides, ceiling), count in shapes.items())
+
+    return bisect_right(range(max(ceiling for _, ceiling in shapes) + 1), limit, key=params_at) - 1
+
+
+def _mean(modules: Sequence[ModuleAnatomy], ranks: Sequence[int]) -> float:
+    """Mean rank, weighted by in + out; 0 without modules."""
+    params = sum(module.adapter_params(rank) for module, rank in zip(modules, ranks, strict=True))
+    return params / (sum(module.adapter_params(1) for module in modules) or 1)
 
 
 def _modules(anatomy: ModelAnatomy, layers: Sequence[int], options: AllocationOptions) -> list[ModuleAnatomy]:
@@ -201,7 +254,7 @@ def _modules(anatomy: ModelAnatomy, layers: Sequence[int], options: AllocationOp
         if not any(matches_target(module.name, target) for module in present):
             leaves = sorted({module.name.rpartition(".")[2] for module in present})
             raise PlanError(f"target {target!r} matches no module in layers {list(layers)}. {nearest(target, leaves)}")
-    modules = [module for module in present if _is_target(module, options)]
+    modules = [module for layer in layers for module in anatomy.layer(layer).targeted(options.targets)]
     if not modules:
         raise PlanError(f"layers {list(layers)} of {anatomy.architecture} hold no module that can be adapted.")
     return modules

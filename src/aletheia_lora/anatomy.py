@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -82,6 +82,12 @@ class LayerAnatomy:
     num_params: int
     """All weights of the block, norms and biases included."""
     modules: tuple[ModuleAnatomy, ...]
+
+    def targeted(self, targets: Sequence[str] | None) -> tuple[ModuleAnatomy, ...]:
+        """Its modules that one of these names (see :func:`matches_target`); all where there are none."""
+        if targets is None:
+            return self.modules
+        return tuple(m for m in self.modules if any(matches_target(m.name, target) for target in targets))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +182,11 @@ class ModelAnatomy:
         )
         fields["left_out"] = tuple(LeftOut(**item) for item in record["left_out"])
         return cls(**fields)
+
+
+def matches_target(name: str, target: str) -> bool:
+    """True if the target is the module's full name, or the end of it in whole words."""
+    return name == target or name.endswith(f".{target}")
 
 
 def anatomy(model: nn.Module) -> ModelAnatomy:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Protocol
@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .anatomy import LayerAnatomy, ModelAnatomy
+from .anatomy import LayerAnatomy, ModelAnatomy, ModuleAnatomy
 from .cost import CostModel, StepShape, cost_model
 from .fast_lora import adapted_linear
 from .probe_result import AdapterTiming, StepTiming
@@ -127,7 +127,9 @@ def timed_adapters(
     return replace(timing, adapters=tuple(adapters), adapter_tokens=num_tokens, batching=batching)
 
 
-def calibrated_cost(anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming) -> CostModel:
+def calibrated_cost(
+    anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming, *, targets: Sequence[str] | None = None
+) -> CostModel:
     """The cost of a training step in seconds, from what the probe's batches took.
 
     For each layer, forward and backward by themselves: seconds per counted operation on each batch, the median over
@@ -140,8 +142,9 @@ def calibrated_cost(anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming)
         anatomy: The model.
         shape: Tokens of a training step.
         timing: What the probe measured on this model.
+        targets: As for :func:`~aletheia_lora.cost.cost_model`.
     """
-    target = cost_model(anatomy, shape)
+    target = cost_model(anatomy, shape, targets=targets)
     batches = [
         cost_model(
             anatomy,
@@ -171,7 +174,9 @@ def calibrated_cost(anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming)
             backward[layer_idx] = backward_rate * target.backward[layer_idx] * timing.batching
     outside = median(timing.outside[b] / batches[b].head for b in used)
     counted = median(seconds / operations for seconds, operations in zip(forward, target.forward, strict=True))
-    fixed, per_rank = _adapter_seconds(anatomy, shape, timing, target, counted)
+    fixed, per_rank = _adapter_seconds(
+        [layer.targeted(targets) for layer in anatomy.layers], shape, timing, target, counted
+    )
     return CostModel(
         forward=tuple(forward),
         backward=tuple(backward),
@@ -235,21 +240,23 @@ def _shape_of(layer: LayerAnatomy, left_out: list[int]) -> object:
 
 
 def _adapter_seconds(
-    anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming, target: CostModel, counted: float
+    targeted: Sequence[Sequence[ModuleAnatomy]],
+    shape: StepShape,
+    timing: StepTiming,
+    target: CostModel,
+    counted: float,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Fixed seconds and seconds per rank of each layer's adapters."""
+    """Fixed seconds and seconds per rank of each layer's adapters, which sit on its ``targeted`` modules."""
     known = {(entry.in_features, entry.out_features): entry for entry in timing.adapters}
     scale = shape.num_tokens / timing.adapter_tokens if timing.adapter_tokens else math.nan
     fixed, per_rank = [], []
-    for layer in anatomy.layers:
-        entries = [
-            known.get((m.in_features, m.out_features)) if m.storage != "stacked" else None for m in layer.modules
-        ]
-        sides = [m.adapter_params(1) * m.active_share for m in layer.modules]
+    for layer_idx, modules in enumerate(targeted):
+        entries = [known.get((m.in_features, m.out_features)) if m.storage != "stacked" else None for m in modules]
+        sides = [m.adapter_params(1) * m.active_share for m in modules]
         unknown = sum(side for side, entry in zip(sides, entries, strict=True) if entry is None) / (sum(sides) or 1.0)
         found = [entry for entry in entries if entry is not None]
         timed_fixed = sum(entry.fixed_seconds for entry in found) * scale if found else 0.0
         timed_rank = sum(entry.seconds_per_rank for entry in found) * scale if found else 0.0
-        fixed.append(timed_fixed + unknown * counted * target.fixed[layer.layer_idx])
-        per_rank.append(timed_rank + unknown * counted * target.adapter_per_rank[layer.layer_idx])
+        fixed.append(timed_fixed + unknown * counted * target.fixed[layer_idx])
+        per_rank.append(timed_rank + unknown * counted * target.adapter_per_rank[layer_idx])
     return tuple(fixed), tuple(per_rank)

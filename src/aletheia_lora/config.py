@@ -13,8 +13,8 @@ from peft import LoraConfig
 
 from .adapter import lora_config, peft_arguments
 from .adapter_options import AdapterOptions
-from .allocation import ModuleRank, matches_target
-from .anatomy import ModuleAnatomy, anatomy, kind_of
+from .allocation import ModuleRank
+from .anatomy import ModuleAnatomy, anatomy, kind_of, matches_target
 from .errors import PlanError, nearest
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

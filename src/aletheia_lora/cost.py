@@ -13,11 +13,11 @@ layers and m the lowest of them::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from .anatomy import LayerAnatomy, ModelAnatomy
+from .anatomy import ModelAnatomy, ModuleAnatomy
 from .errors import PlanError
 
 # What counting misses, fitted together to 19 measured steps of SmolLM2-135M in float32 on two cores, taken in turns;
@@ -33,7 +33,8 @@ HEAD_PENALTY = 1.5
 Unit = Literal["operations", "seconds"]
 Source = Literal["counted", "calibrated"]
 Ranks = float | Mapping[int, float]
-"""One rank for all layers, or one per layer. Where ranks differ within a layer, their mean weighted by in + out."""
+"""One rank for all layers, or one per layer. Where ranks differ within a layer, their mean over its targeted modules,
+weighted by in + out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,7 @@ class CostModel:
     backward: tuple[float, ...]
     """B_l: gradients of the activations; frozen weights need none of their own."""
     adapter_per_rank: tuple[float, ...]
-    """One rank on every module of the layer, forward and backward."""
+    """One rank on every targeted module of the layer, forward and backward."""
     head: float
     """H: logits and loss of the labelled tokens, forward and backward."""
     head_all_tokens: float
@@ -136,8 +137,10 @@ class CostModel:
         recomputed = sum(self.forward[lowest:]) if checkpointing else 0.0
         return forward + recomputed + sum(self.backward[lowest:]) + (self.head_all_tokens if all_logits else self.head)
 
-    def adapters(self, layers: Iterable[int], *, rank: Ranks = 16) -> float:
-        """Cost of the adapters alone, sum of a_l over these layers.
+    def adapters(self, layers: Iterable[int], *, rank: Ranks = 16, checkpointing: bool = False) -> float:
+        """Cost of the adapters alone, sum of a_l over these layers; a third more with checkpointing.
+
+        A third of an adapter's work is its forward, and every adapted layer runs forward once more then.
 
         Raises:
             PlanError: If ``rank`` is a mapping that lacks one of the layers.
@@ -148,10 +151,11 @@ class CostModel:
             if missing:
                 raise PlanError(f"no rank was given for layers {missing}. Give one for each of {chosen}.")
         fixed = self.fixed
-        return sum(
+        once = sum(
             fixed[layer] + (rank[layer] if isinstance(rank, Mapping) else rank) * self.adapter_per_rank[layer]
             for layer in chosen
         )
+        return once * 4 / 3 if checkpointing else once
 
     def step(
         self,
@@ -169,7 +173,7 @@ class CostModel:
         Args:
             layers: S, the adapted layers.
             rank: One rank, or one per layer.
-            checkpointing: As for :meth:`without_adapters`; adapters are counted once all the same.
+            checkpointing: As for :meth:`without_adapters` and :meth:`adapters`.
             prefix_cached: As for :meth:`without_adapters`: a step of the second and later epochs.
             all_logits: As for :meth:`without_adapters`.
 
@@ -185,7 +189,7 @@ class CostModel:
         base = self.without_adapters(
             chosen[0], checkpointing=checkpointing, prefix_cached=prefix_cached, all_logits=all_logits
         )
-        return base + self.adapters(chosen, rank=rank)
+        return base + self.adapters(chosen, rank=rank, checkpointing=checkpointing)
 
     def uniform(self, *, rank: Ranks = 16, checkpointing: bool = False, all_logits: bool = False) -> float:
         """Cost of a step of uniform LoRA, every layer adapted. A prefix cache has nothing to keep there."""
@@ -232,7 +236,7 @@ class CostModel:
         return cls(**{**record, **per_layer})
 
 
-def cost_model(anatomy: ModelAnatomy, shape: StepShape) -> CostModel:
+def cost_model(anatomy: ModelAnatomy, shape: StepShape, *, targets: Sequence[str] | None = None) -> CostModel:
     """Count the operations of each part of a step.
 
     A matrix with P active weights costs 2 P per token forward and 2 P for the gradient of its input. Attention scores
@@ -246,6 +250,7 @@ def cost_model(anatomy: ModelAnatomy, shape: StepShape) -> CostModel:
     Args:
         anatomy: The model; only shapes are read.
         shape: Tokens of one step.
+        targets: Names of the modules that get adapters, of uniform LoRA too, as in ``PlanOptions``; None: all.
     """
     scores = 4.0 * shape.num_tokens * shape.sequence_length * anatomy.hidden_size
     left_out = dict.fromkeys(range(anatomy.num_layers), 0)
@@ -262,12 +267,14 @@ def cost_model(anatomy: ModelAnatomy, shape: StepShape) -> CostModel:
     return CostModel(
         forward=tuple(forward),
         backward=tuple(backward),
-        adapter_per_rank=tuple(_adapter_per_rank(layer, shape.num_tokens) for layer in anatomy.layers),
+        adapter_per_rank=tuple(
+            _adapter_per_rank(layer.targeted(targets), shape.num_tokens) for layer in anatomy.layers
+        ),
         head=head_per_token * shape.num_labelled_tokens,
         head_all_tokens=head_per_token * shape.num_tokens,
     )
 
 
-def _adapter_per_rank(layer: LayerAnatomy, num_tokens: int) -> float:
-    sides = sum(module.adapter_params(1) * module.active_share for module in layer.modules)
+def _adapter_per_rank(modules: Sequence[ModuleAnatomy], num_tokens: int) -> float:
+    sides = sum(module.adapter_params(1) * module.active_share for module in modules)
     return 6.0 * num_tokens * sides

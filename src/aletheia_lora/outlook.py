@@ -22,10 +22,11 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
+from .activations import without_contents
 from .anatomy import ModelAnatomy, anatomy
 from .cost import StepShape, cost_model
 from .errors import UnsupportedModelError
-from .memory import in_words, memory_model, stored_bytes, without_contents
+from .memory import in_words, memory_model, stored_bytes
 
 FORMAT = "aletheia-outlook/1"
 DEPTHS = (("uniform", 1.0), ("top half", 0.5), ("top quarter", 0.25))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .adapter import lora_config, peft_config
 from .adapter_options import AdapterOptions
-from .allocation import AllocationOptions, ModuleRank, allocate, trainable_params
+from .allocation import AllocationOptions, ModuleRank, allocate, ranks_by_count, trainable_params
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import timed_adapters
 from .data import TokenizedRows, batches, tokenize
@@ -25,6 +25,7 @@ from .files import write_json
 from .layers import embedding_of
 from .memory import parse_bytes
 from .methods import method_of, with_params
+from .padding import foreseen_padding
 from .placement import input_device
 from .plan_options import PlanOptions
 from .prediction import (
@@ -390,10 +391,15 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         )
     rng = np.random.default_rng(options.seed)
     scores = layer_scores(options.score, measured, model=model, rng=rng)
-    cost = probe_cost(found, measured, options.batch_size, calibrate=options.calibrate)
-    timed = probe_cost(found, measured, options.batch_size)
-    memory = probe_memory(found, measured, options.batch_size, model=model)
+    targets = options.targets
+    padded = foreseen_padding(found, model) is not None
+    # A choice by counts is the same everywhere; only seconds are those of this device and launch.
+    timed = probe_cost(found, measured, options.batch_size, targets=targets, padded=padded)
+    counted = probe_cost(found, measured, options.batch_size, calibrate=False, targets=targets)
+    cost = timed if options.calibrate else counted
+    memory = probe_memory(found, measured, options.batch_size, model=model, targets=targets)
     memory_budget = parse_bytes(options.memory_budget)
+    how_to_rank = allocation_options(options, measured)
     choice = SelectionOptions(
         percent=options.percent,
         num_layers=options.num_layers,
@@ -401,6 +407,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         time_budget=options.time_budget,
         memory_budget=memory_budget,
         rank=options.rank,
+        ranks=ranks_by_count(found, options.allocation, how_to_rank),
         seed=options.seed,
         cost=cost,
         memory=memory,
@@ -409,11 +416,11 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
     )
     frontier = tuple(pareto(scores, choice)) if min(scores.values()) >= 0 and max(scores.values()) > 0 else ()
 
-    def ranked(layers: Sequence[int]) -> tuple[tuple[ModuleRank, ...], float, Prediction]:
-        ranks = allocate(found, layers, options.allocation, allocation_options(options, measured))
-        rank, switches = mean_ranks(found, ranks), {"checkpointing": options.gradient_checkpointing}
+    def ranked(layers: Sequence[int]) -> Ranked:
+        ranks = allocate(found, layers, options.allocation, how_to_rank)
+        rank, switches = mean_ranks(found, ranks, targets), {"checkpointing": options.gradient_checkpointing}
         share = cost.share(layers, rank=rank, uniform_rank=options.rank, prefix_cached=options.prefix_cache, **switches)
-        shape = batch_shape(measured, options.batch_size)
+        shape = batch_shape(measured, options.batch_size, padded=padded)
         predicted = predict(
             timed,
             memory,
@@ -426,6 +433,24 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         )
         return ranks, share, predicted
 
+    selection, (ranks, share, predicted) = _chosen(scores, options, choice, ranked)
+    selection = replace(selection, predicted_time_share=share)
+    made = Plan(found, options, scores, selection, ranks, frontier, measured, predicted)
+    return made.with_adapter(options.adapter)
+
+
+Ranked = tuple[tuple[ModuleRank, ...], float, Prediction]
+"""The ranks of a choice of layers, its share of uniform LoRA's step time, and what a step is predicted to take."""
+
+
+def _chosen(
+    scores: Mapping[int, float],
+    options: PlanOptions,
+    choice: SelectionOptions,
+    ranked: Callable[[Sequence[int]], Ranked],
+) -> tuple[LayerSelection, Ranked]:
+    """The strategy's choice with its ranks; under ``budget`` one that keeps the budgets with them."""
+    memory_budget = choice.memory_budget
     while True:
         try:
             selection = select(scores, options.strategy, choice)
@@ -440,21 +465,19 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
                 memory_budget,
                 with_ranks=f", with the ranks that {options.allocation!r} gives it",
             ) from error
-        ranks, share, predicted = ranked(selection.layers)
+        found = ranked(selection.layers)
+        _, share, predicted = found
         too_slow = share > options.time_budget * (1 + 1e-9)
         too_large = memory_budget is not None and predicted.bytes > memory_budget
         if options.strategy != "budget" or not (too_slow or too_large):
-            break
-        # The ranks that go with the choice cost more than the rank it was made at: choose within less.
+            return selection, found
+        # Ranks that depend on which layers were chosen can cost more than it was made at: choose within less.
         if too_slow:
             choice = replace(choice, time_budget=choice.time_budget * min(options.time_budget / share, 0.999))
         if too_large and memory_budget is not None and choice.memory_budget is not None:
             over = predicted.bytes - memory_budget
             chosen_at = min(choice.memory_budget, choice.step_bytes(selection.layers))
             choice = replace(choice, memory_budget=max(chosen_at - max(over // 4, 1), 1))
-    selection = replace(selection, predicted_time_share=share)
-    made = Plan(found, options, scores, selection, ranks, frontier, measured, predicted)
-    return made.with_adapter(options.adapter)
 
 
 def allocation_options(options: PlanOptions, measured: ProbeResult | None) -> AllocationOptions:
@@ -472,10 +495,12 @@ def allocation_options(options: PlanOptions, measured: ProbeResult | None) -> Al
     )
 
 
-def mean_ranks(found: ModelAnatomy, ranks: Sequence[ModuleRank]) -> dict[int, float]:
-    """Each layer's mean rank over its modules, weighted by in + out: what its adapters cost by."""
+def mean_ranks(
+    found: ModelAnatomy, ranks: Sequence[ModuleRank], targets: Sequence[str] | None = None
+) -> dict[int, float]:
+    """Each layer's mean rank over its targeted modules, weighted by in + out: what its adapters cost by."""
     params: Counter[int] = Counter()
     for entry in ranks:
         params[entry.layer_idx] += entry.num_params
-    one = {layer: sum(module.adapter_params(1) for module in found.layer(layer).modules) for layer in params}
+    one = {layer: sum(module.adapter_params(1) for module in found.layer(layer).targeted(targets)) for layer in params}
     return {layer: params[layer] / one[layer] for layer in params}

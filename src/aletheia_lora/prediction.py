@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .activations import Activations
 from .anatomy import ModelAnatomy
 from .calibration import calibrated_cost
 from .cost import CostModel, Ranks, Source, StepShape, cost_model
-from .memory import Activations, MemoryModel, in_words, memory_model
+from .memory import MemoryModel, in_words, memory_model
 from .probe_result import ProbeResult
 
 MAX_LENGTHS = 101
@@ -28,7 +30,7 @@ class BatchShape:
     num_rows: int
     """Rows in a batch."""
     mean_length: float
-    """Tokens of a row on average."""
+    """Tokens of a row on average, padding included where it is computed."""
     max_length: int
     """Tokens of the longest row."""
     labelled_per_row: float
@@ -81,18 +83,31 @@ class Prediction:
         return asdict(self)
 
 
-def batch_shape(measured: ProbeResult, batch_size: int) -> BatchShape:
-    """The shape of training batches, from the lengths of rows that were seen; padding is taken not to be computed."""
+def batch_shape(measured: ProbeResult, batch_size: int, *, padded: bool = False) -> BatchShape:
+    """The shape of training batches, from the lengths of rows that were seen.
+
+    Args:
+        measured: What the probe saw.
+        batch_size: Rows in a batch.
+        padded: Every row is computed up to the longest of its batch: on average the expected longest of ``batch_size``
+            rows drawn from those lengths.
+    """
     rows = measured.row_lengths or tuple(sorted(tokens // measured.batch_size for tokens in measured.num_tokens))
     lengths = np.maximum(np.sort(np.asarray(rows)), 1)
     labelled = sum(measured.num_labelled_tokens) / max(sum(measured.num_tokens), 1)
     return BatchShape(
         num_rows=batch_size,
-        mean_length=float(lengths.mean()),
+        mean_length=_mean_longest(lengths, batch_size) if padded else float(lengths.mean()),
         max_length=int(lengths[-1]),
         labelled_per_row=float(lengths.mean()) * labelled,
         max_labelled=max(round(batch_size * int(lengths[-1]) * labelled), 1),
     )
+
+
+def _mean_longest(ascending: NDArray[np.int64], count: int) -> float:
+    """Expected longest of ``count`` lengths drawn from these, with replacement."""
+    no_longer = (np.arange(len(ascending) + 1) / len(ascending)) ** count
+    return float(ascending @ np.diff(no_longer))
 
 
 def length_profile(lengths: Sequence[int]) -> tuple[int, ...]:
@@ -103,19 +118,39 @@ def length_profile(lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(ordered[round(index * (len(ordered) - 1) / (MAX_LENGTHS - 1))] for index in range(MAX_LENGTHS))
 
 
-def probe_cost(found: ModelAnatomy, measured: ProbeResult, batch_size: int, *, calibrate: bool = True) -> CostModel:
+def probe_cost(
+    found: ModelAnatomy,
+    measured: ProbeResult,
+    batch_size: int,
+    *,
+    calibrate: bool = True,
+    targets: Sequence[str] | None = None,
+    padded: bool = False,
+) -> CostModel:
     """The cost of a training step: calibrated where the probe kept its time and ``calibrate`` is on, else counted."""
-    shape = batch_shape(measured, batch_size).step
+    shape = batch_shape(measured, batch_size, padded=padded).step
     if measured.timing is None or not calibrate:
-        return cost_model(found, shape)
-    return calibrated_cost(found, shape, measured.timing)
+        return cost_model(found, shape, targets=targets)
+    return calibrated_cost(found, shape, measured.timing, targets=targets)
 
 
-def probe_memory(found: ModelAnatomy, measured: ProbeResult, batch_size: int, *, model: Any = None) -> MemoryModel:
+def probe_memory(
+    found: ModelAnatomy,
+    measured: ProbeResult,
+    batch_size: int,
+    *,
+    model: Any = None,
+    targets: Sequence[str] | None = None,
+) -> MemoryModel:
     """The bytes of a training step on a batch of the longest rows; by formula where there is no model."""
     shape = batch_shape(measured, batch_size)
     return memory_model(
-        found, num_rows=shape.num_rows, length=shape.max_length, num_labelled=shape.max_labelled, model=model
+        found,
+        num_rows=shape.num_rows,
+        length=shape.max_length,
+        num_labelled=shape.max_labelled,
+        model=model,
+        targets=targets,
     )
 
 

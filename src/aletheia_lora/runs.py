@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from .activations import without_contents
 from .allocation import ALLOCATIONS
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import measured_rate
@@ -27,7 +28,7 @@ from .embedded import load_embedded_model, split_by_module, standard_library_row
 from .errors import ConfigError, UnsupportedModelError, nearest
 from .evaluation.evaluate import EvaluationOptions, Prepared, evaluate, prepare
 from .files import check_output, check_writable, write_bytes, write_json
-from .memory import device_memory, parse_bytes, without_contents
+from .memory import device_memory, parse_bytes
 from .methods import METHODS
 from .outlook import OutlookOptions, auto_class, model_from_config, outlook, outlook_text
 from .plan_options import PlanOptions
@@ -35,7 +36,7 @@ from .planning import Plan, plan_from_probe, probe_rows
 from .processes import on_main, together, world_size
 from .quantized import plain_tensors, quantization_config
 from .report.page import finding, write_page
-from .report.plots import plot_probe_scores
+from .report.plots import plot_pareto, plot_probe_scores
 from .rows import load_rows
 from .run_config import GROUPS, RunConfig
 from .scores import SCORES, layer_scores
@@ -111,7 +112,7 @@ def run_probe(config: RunConfig, say: Say) -> dict[str, Any]:
 
 
 def run_plan(config: RunConfig, say: Say) -> dict[str, Any]:
-    """Plan what to adapt; writes ``plan.json`` to the output, if one is given."""
+    """Plan what to adapt; writes ``plan.json`` and ``plan.png``, the Pareto plot, to the output, if one is given."""
     target = config.output
     if target is not None:
         target = target if target.suffix == ".json" else target / "plan.json"
@@ -120,10 +121,16 @@ def run_plan(config: RunConfig, say: Say) -> dict[str, Any]:
     given = _given_plan(config)
     made = _plan(config, say, given, *_model_and_data(config, say))
     if target is not None:
-        file = target
-        on_main(lambda: made.save(file), "writing the plan")
-        say(f"wrote {target}")
+        file, picture = target, target.with_suffix(".png")
+        on_main(lambda: (made.save(file), write_bytes(picture, _pareto_picture(made))), "writing the plan")
+        say(f"wrote {file} and {picture.name}")
     return {**made.to_dict(), "text": str(made), "file": None if target is None else str(target)}
+
+
+def _pareto_picture(made: Plan) -> bytes:
+    record = made.to_dict()
+    points = [{**point, "num_layers": len(point["layers"])} for point in record["pareto"]]
+    return plot_pareto({"selection": record["selection"], "pareto": points})
 
 
 def preview_plan(config: RunConfig, say: Say) -> dict[str, Any]:

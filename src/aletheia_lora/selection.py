@@ -14,16 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .errors import PlanError, nearest
+from .knapsack import ROUNDING, best_affordable
 
 if TYPE_CHECKING:
-    from .cost import CostModel
+    from .cost import CostModel, Ranks
     from .memory import MemoryModel
-
-# Costs are sums of floating-point numbers: a choice that meets its budget exactly must not fail by the last bit.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +36,9 @@ class SelectionOptions:
     time_budget: float = 0.7
     """Predicted step time that ``budget`` may use, as a share of uniform LoRA's."""
     rank: int = 16
-    """Rank that predictions of time assume, for the choice and for uniform LoRA."""
+    """Rank that predictions assume, of uniform LoRA and, unless ``ranks`` is given, of the choice."""
+    ranks: Mapping[int, Ranks] | None = None
+    """The choice's rank for each number of chosen layers, where it depends on that."""
     seed: int = 0
     """Seed of ``random``."""
     cost: CostModel | None = None
@@ -65,6 +64,10 @@ class SelectionOptions:
         if self.memory_budget is not None and self.memory is None:
             raise ValueError("a memory budget needs a memory model: expected options.memory. Pass memory_model(...).")
 
+    def rank_of(self, count: int) -> Ranks:
+        """Rank of the adapters where this many layers are chosen."""
+        return self.rank if self.ranks is None else self.ranks[count]
+
     @property
     def uniform_cost(self) -> float:
         """Predicted cost of a step of uniform LoRA under these options."""
@@ -72,19 +75,17 @@ class SelectionOptions:
         return self.cost.uniform(rank=self.rank, checkpointing=self.checkpointing)
 
     def time_share(self, layers: Sequence[int]) -> float:
-        """Predicted step time of these layers against uniform LoRA, at ``rank`` everywhere."""
+        """Predicted step time of these layers, at the rank of so many, against uniform LoRA."""
         assert self.cost is not None
-        step = self.cost.step(
-            layers, rank=self.rank, checkpointing=self.checkpointing, prefix_cached=self.prefix_cached
-        )
+        rank = self.rank_of(len(layers))
+        step = self.cost.step(layers, rank=rank, checkpointing=self.checkpointing, prefix_cached=self.prefix_cached)
         return step / self.uniform_cost
 
     def step_bytes(self, layers: Sequence[int]) -> int:
-        """Predicted highest bytes of a step of these layers, at ``rank`` everywhere."""
+        """Predicted highest bytes of a step of these layers, at the rank of so many."""
         assert self.memory is not None
-        return self.memory.step(
-            layers, rank=self.rank, checkpointing=self.checkpointing, prefix_cached=self.prefix_cached
-        )
+        rank = self.rank_of(len(layers))
+        return self.memory.step(layers, rank=rank, checkpointing=self.checkpointing, prefix_cached=self.prefix_cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class LayerSelection:
     score_share: float
     """Share of the total score that the chosen layers hold, 0 to 1; NaN where the scores have no positive sum."""
     predicted_time_share: float
-    """Predicted step time against uniform LoRA of the same rank; NaN without a cost model."""
+    """Predicted step time, at the ranks that go with the choice, against uniform LoRA; NaN without a cost model."""
     seed: int
 
     def __post_init__(self) -> None:
@@ -147,7 +148,7 @@ class ParetoPoint:
     score_share: float
     """Share of the total score kept, 0 to 1."""
     predicted_time_share: float
-    """Predicted step time against uniform LoRA of the same rank."""
+    """Predicted step time, at the ranks that go with so many layers, against uniform LoRA."""
 
 
 Strategy = Callable[[Mapping[int, float], SelectionOptions], list[int]]
@@ -245,35 +246,20 @@ def budget(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     Ours, and exact: for every possible lowest layer m, the best-scoring affordable subset of the layers m and above;
     of these the best total, on a tie that with the larger m. Where the layers' adapters cost the same a sort finds
     the subset; else it is a knapsack, solved to one millionth of the budgets. A layer that scores 0 is never chosen.
+    Where ``options.ranks`` makes prices depend on the number of layers, each number is solved at its own, and on a tie
+    the fewest layers win.
 
     Raises:
         ValueError: If there is no cost model, a score is negative, or all are 0.
         PlanError: If not even one layer fits; says the smallest budget that one does.
     """
-    cost, memory = _cost_of(scores, options), options.memory
+    cost = _cost_of(scores, options)
     _check_shares(scores)
-    limit = options.time_budget * options.uniform_cost * (1 + ROUNDING)
-    switches = {"checkpointing": options.checkpointing, "prefix_cached": options.prefix_cached}
+    most = min(options.num_layers or cost.num_layers, cost.num_layers)
+    counts = [(1, most)] if options.ranks is None else [(count, count) for count in range(1, most + 1)]
     best: list[int] = []
-    best_total = 0.0
-    for lowest in reversed(range(cost.num_layers)):
-        candidates = [layer for layer in range(lowest, cost.num_layers) if scores[layer] > 0]
-        money = [limit - cost.without_adapters(lowest, **switches)]
-        prices = [[cost.adapters([layer], rank=options.rank) for layer in candidates]]
-        if options.memory_budget is not None and memory is not None:
-            money.append(options.memory_budget - memory.without_adapters(lowest, rank=options.rank, **switches))
-            prices.append(
-                [
-                    memory.adapters([layer], rank=options.rank, checkpointing=options.checkpointing)
-                    for layer in candidates
-                ]
-            )
-        chosen = _best_affordable(
-            [scores[layer] for layer in candidates], prices, money, options.num_layers or len(candidates)
-        )
-        total = math.fsum(scores[candidates[index]] for index in chosen)
-        if total > best_total:
-            best, best_total = [candidates[index] for index in chosen], total
+    for at_least, at_most in counts:
+        best = _better(best, scores, options, at_least, at_most)
     if not best:
         layers = [layer for layer, score in scores.items() if score > 0]
         shares = {layer: options.time_share([layer]) for layer in layers}
@@ -380,11 +366,12 @@ def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[Paret
     """The choices worth considering, from the fastest to the one that keeps the most score.
 
     Every lowest layer m is combined with every number of best-scoring layers from m up; kept are those that no other
-    beats in both score and predicted time. Where adapters cost the same in every layer this is the whole frontier.
+    beats in both score and predicted time, each at the rank of so many layers. Where adapters cost the same in every
+    layer this is the whole frontier. A memory budget is not looked at.
 
     Args:
         scores: ``{layer_idx: score}`` of every layer.
-        options: ``cost`` and ``rank``; ``num_layers``, where given, bounds the number of layers.
+        options: ``cost``, ``rank`` and ``ranks``; ``num_layers``, where given, bounds the number of layers.
 
     Raises:
         ValueError: If there is no cost model, a score is negative, or all are 0.
@@ -400,7 +387,9 @@ def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[Paret
         for count in range(1, min(len(order), options.num_layers or len(order)) + 1):
             layers = tuple(sorted(order[:count]))
             if layers[0] == lowest:  # any other is counted, cheaper, where its own lowest layer is
-                time_share = (base + cost.adapters(layers, rank=options.rank)) / uniform
+                rank = options.rank_of(count)
+                adapters = cost.adapters(layers, rank=rank, checkpointing=options.checkpointing)
+                time_share = (base + adapters) / uniform
                 score_share = math.fsum(scores[layer] for layer in layers) / total
                 points.append(ParetoPoint(lowest, layers, score_share, time_share))
     frontier: list[ParetoPoint] = []
@@ -413,35 +402,36 @@ def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[Paret
 # --- inside -----------------------------------------------------------------------------------------------------
 
 
-def _best_affordable(
-    scores: Sequence[float], costs: Sequence[Sequence[float]], money: Sequence[float], at_most: int
+def _better(
+    best: list[int], scores: Mapping[int, float], options: SelectionOptions, at_least: int, at_most: int
 ) -> list[int]:
-    """Indices of the best total score whose costs keep every budget, in ascending order.
-
-    Args:
-        scores: What each thing is worth.
-        costs: For each budget what each thing costs of it.
-        money: The budgets.
-        at_most: Largest number of things.
-    """
-    if not scores or any(left <= 0 or left < min(row) for row, left in zip(costs, money, strict=True)):
-        return []
-    if all(max(row) - min(row) <= ROUNDING * max(row) for row in costs):
-        order = sorted(range(len(scores)), key=lambda index: -scores[index])
-        counts = [int(left / max(row)) for row, left in zip(costs, money, strict=True) if max(row) > 0]
-        return sorted(order[: min([at_most, *counts])])
-    # All rows and the objective are scaled to 1, because the solver's tolerances are absolute.
-    scaled = [np.asarray(row) / left for row, left in zip(costs, money, strict=True)]
-    rows = np.array([*scaled, np.full(len(scores), 1 / at_most)])
-    result = milp(
-        -np.asarray(scores) / max(scores),
-        constraints=LinearConstraint(rows, ub=1.0),
-        bounds=Bounds(0, 1),
-        integrality=np.ones(len(scores)),
-        options={"mip_rel_gap": 0.0},
-    )
-    assert result.success, f"the knapsack has a solution, yet the solver says: {result.message}"
-    return [int(index) for index in np.flatnonzero(result.x > 0.5)]
+    """The best affordable choice of so many layers, if it scores higher than ``best``; else that."""
+    cost, memory = _cost_of(scores, options), options.memory
+    rank, checkpointing, cached = options.rank_of(at_most), options.checkpointing, options.prefix_cached
+    everything = range(cost.num_layers)
+    prices: list[list[float]] = [
+        [cost.adapters([layer], rank=rank, checkpointing=checkpointing) for layer in everything]
+    ]
+    limit = options.time_budget * options.uniform_cost * (1 + ROUNDING)
+    total = math.fsum(scores[layer] for layer in best)
+    if options.memory_budget is not None and memory is not None:
+        prices.append([memory.adapters([layer], rank=rank, checkpointing=checkpointing) for layer in everything])
+    for lowest in reversed(everything):
+        candidates = [layer for layer in everything[lowest:] if scores[layer] > 0]
+        highest = sorted((scores[layer] for layer in candidates), reverse=True)[:at_most]
+        if math.fsum(highest) <= total:
+            continue
+        money = [limit - cost.without_adapters(lowest, checkpointing=checkpointing, prefix_cached=cached)]
+        if options.memory_budget is not None and memory is not None:
+            bare = memory.without_adapters(lowest, rank=rank, checkpointing=checkpointing, prefix_cached=cached)
+            money.append(options.memory_budget - bare)
+        of_candidates = [[row[layer] for layer in candidates] for row in prices]
+        worth = [scores[layer] for layer in candidates]
+        chosen = best_affordable(worth, of_candidates, money, at_least=at_least, at_most=at_most)
+        if math.fsum(worth[index] for index in chosen) > total:
+            best = [candidates[index] for index in chosen]
+            total = math.fsum(scores[layer] for layer in best)
+    return best
 
 
 def _best_first(scores: Mapping[int, float]) -> list[int]:

@@ -117,7 +117,7 @@ def modules_after(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Modu
     handles = [m.register_forward_pre_hook(lambda module, _args: begun.append(id(module))) for m in model.modules()]
     handles += [m.register_forward_hook(lambda *_: ends.append(len(begun))) for m in layers]
     try:
-        with _trial(model, training=False), torch.no_grad():
+        with _trial(model, (), training=False), torch.no_grad():
             input_ids = _trial_tokens(model, None)
             model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
     except Exception:  # whatever a foreign forward raises: nothing was shown

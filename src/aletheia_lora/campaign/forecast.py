@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from ..activations import without_contents
 from ..allocation import AllocationOptions, ModuleRank, allocate, trainable_params
 from ..anatomy import ModelAnatomy, anatomy
 from ..calibration import measured_rate
@@ -17,7 +18,6 @@ from ..cost import CostModel, StepShape, cost_model
 from ..data import tokenize
 from ..embedded import standard_library_rows
 from ..errors import AletheiaError
-from ..memory import without_contents
 from ..outlook import model_from_config
 from ..rows import load_rows
 from ..run_config import configuration

@@ -27,6 +27,14 @@ from ..training.trainer import SFTTrainer, attach_plan
 from .arms import Arm, CompareOptions
 from .watch import Pace, Watch
 
+FULL_PRECISION = {"gradient_checkpointing": False, "bf16": False}
+"""What ``trl_fast`` and our trainer change of TRL's configuration: the model's own dtype, nothing computed twice."""
+TRL_SWITCHES: dict[str, dict[str, Any]] = {
+    "trl_as_shipped": {},
+    "trl_no_checkpointing": {"gradient_checkpointing": False},
+}
+"""What other trainers of TRL's change of it; bf16 autocast, its default, stays on."""
+
 
 def run_of(
     arm: Arm,
@@ -105,10 +113,7 @@ def make_trainer(
         args = TrainingArguments(**common, remove_unused_columns=False)
         trainer: Any = Trainer(model=adapted, args=args, train_dataset=rows, data_collator=_collator(pad))
     else:
-        fast: dict[str, Any] = (
-            {} if arm.trainer == "trl_as_shipped" else {"gradient_checkpointing": False, "bf16": False}
-        )
-        args = trl.SFTConfig(**common, **fast, max_length=None)
+        args = trl.SFTConfig(**common, **TRL_SWITCHES.get(arm.trainer, FULL_PRECISION), max_length=None)
         if arm.trainer == "aletheia":
             trainer = SFTTrainer(
                 adapted,

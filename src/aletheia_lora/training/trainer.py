@@ -20,6 +20,7 @@ from ..data import TokenizedRows, tokenize
 from ..errors import NonFiniteLossError, PlanError
 from ..fast_lora import FastLora
 from ..loss import labelled_loss
+from ..padding import trl_skips_unlabelled, why_padded
 from ..placement import input_device
 from ..planning import Plan
 from ..processes import check_same, digest, gather, is_main, on_any
@@ -30,14 +31,6 @@ from .prefix_forecast import expected_lines
 from .rerank import ReRank
 from .truncation import Truncation, backward_depth
 from .unpadded import TRIED_ROWS, Unpadded
-
-try:  # TRL's fused head projects labelled positions only where Triton runs; elsewhere it projects all of them
-    from trl.kernels.chunked_logprob import _use_triton as trl_skips_unlabelled
-except ImportError:
-
-    def trl_skips_unlabelled(device: torch.device) -> bool:
-        """Another TRL: always look at labelled logits only."""
-        return False
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -257,11 +250,12 @@ class _Shortcuts(TrainerCallback):
         limits = self.trainer.engine_limits = engine.limits(reentrant=self.reentrant)
         if "truncation" in limits and is_main():
             warnings.warn(limits["truncation"], stacklevel=2)
-        reason = limits.get("padding")
-        if any(module.kind == "mixer" for module in self.trainer.plan.anatomy.modules):
-            reason = "its mixers carry a state along"
-        elif not self.trainer._computes_the_loss(input_device(base_model)):
-            reason = "TRL computes the loss"
+        reason = why_padded(
+            self.trainer.plan.anatomy,
+            base_model,
+            trl_loss=not self.trainer._computes_the_loss(input_device(base_model)),
+            engine=limits.get("padding"),
+        )
         self.unpadded = Unpadded(base_model, unsupported=reason)
         self.installed.append(self.unpadded)
         if self.trainer.prefix_cache is not None:

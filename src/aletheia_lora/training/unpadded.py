@@ -21,9 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..data import NO_LABEL
 from ..loss import evaluating, labelled_loss
+from ..padding import ROW_BY_ROW, configs_of
 
-ROW_BY_ROW = "aletheia_row_by_row"
-"""Name of our attention among those of transformers, while training runs."""
 WORTH_IT = 0.05
 """Share of padding in a batch below which it is left as it is."""
 TRIED_ROWS = 2
@@ -46,8 +45,7 @@ class Unpadded:
         self.turned_off = unsupported
         """Why batches stay padded."""
         self._checked = False
-        configs: dict[int, Any] = {id(m.config): m.config for m in base_model.modules() if hasattr(m, "config")}
-        self._configs = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
+        self._configs = [c for c in configs_of(base_model) if getattr(c, "_attn_implementation", None) == "sdpa"]
         self._longest_line, self._longest_row = _longest(base_model)
         if self.turned_off is None and not self._configs:
             self.turned_off = "attention does not run as sdpa"
