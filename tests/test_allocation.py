@@ -12,10 +12,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from aletheia_lora.allocation import ALLOCATIONS, AllocationOptions, allocate, ranks_by_count, trainable_params
+from aletheia_lora.allocation import (
+    ALLOCATIONS,
+    AllocationOptions,
+    allocate,
+    mean_ranks,
+    ranks_by_count,
+    trainable_params,
+)
 from aletheia_lora.anatomy import LayerAnatomy, ModelAnatomy, ModuleAnatomy, anatomy
 from aletheia_lora.errors import PlanError
-from aletheia_lora.planning import mean_ranks
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -9,14 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import aletheia_lora
 from aletheia_lora.adapter import check_census
-from aletheia_lora.allocation import ALLOCATIONS, allocate
+from aletheia_lora.allocation import ALLOCATIONS, allocate, mean_ranks
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.data import batches, tokenize
 from aletheia_lora.errors import DataError, PlanError, ProbeError
 from aletheia_lora.plan_options import PlanOptions
-from aletheia_lora.planning import Plan, allocation_options, mean_ranks, plan, plan_from_probe
+from aletheia_lora.planning import Plan, allocation_options, plan, plan_from_probe
 from aletheia_lora.prediction import probe_cost
 from aletheia_lora.probe import probe
 from aletheia_lora.scores import SCORES, layer_scores
@@ -500,7 +499,3 @@ def test_a_plan_file_that_cannot_be_read_is_a_plan_error(tmp_path):
     for path in (tmp_path / "missing.json", tmp_path):
         with pytest.raises(PlanError, match="cannot read the plan"):
             Plan.load(path)
-
-
-def test_the_front_door_leads_here():
-    assert aletheia_lora.plan is plan and aletheia_lora.Plan is Plan

@@ -193,7 +193,7 @@ def choices(record, model, data, rows, mode):
 
 def predicted_shares(found, costs, run, ranks, checkpointing):
     """Predicted step time as a share of uniform LoRA's on our path, by the probe's time and by counting."""
-    from aletheia_lora.planning import mean_ranks
+    from aletheia_lora.allocation import mean_ranks
 
     mean = mean_ranks(found, ranks)
     switches = {"checkpointing": checkpointing}

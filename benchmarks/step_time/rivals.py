@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training_methods import Setup, embedded_setup, method_plan, probed
 
+from aletheia_lora.allocation import mean_ranks
 from aletheia_lora.anatomy import ModelAnatomy
 from aletheia_lora.calibration import measured_rate
 from aletheia_lora.campaign.baselines import prepared
@@ -33,7 +34,7 @@ from aletheia_lora.data import TokenizedRows, split
 from aletheia_lora.environment import environment
 from aletheia_lora.errors import AletheiaError
 from aletheia_lora.padding import trl_skips_unlabelled
-from aletheia_lora.planning import Plan, mean_ranks
+from aletheia_lora.planning import Plan
 from aletheia_lora.probe_result import ProbeResult
 from aletheia_lora.training.interleave import Turn, take_turns
 from aletheia_lora.training.trainer import SFTTrainer, attach_plan

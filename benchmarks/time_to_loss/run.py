@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training_methods import NEED_PROBE, Setup, embedded_setup, method_plan, probed
 
+from aletheia_lora.allocation import mean_ranks
 from aletheia_lora.anatomy import ModelAnatomy, anatomy
 from aletheia_lora.comparison.arms import Arm, CompareOptions
 from aletheia_lora.comparison.runs import frozen_weights_put_back, run_of
@@ -24,7 +25,7 @@ from aletheia_lora.data import Parts, TokenizedRows, batches, split
 from aletheia_lora.environment import environment
 from aletheia_lora.errors import AletheiaError, ConfigError
 from aletheia_lora.loss import heldout_loss
-from aletheia_lora.planning import Plan, mean_ranks
+from aletheia_lora.planning import Plan
 from aletheia_lora.prediction import probe_cost
 from aletheia_lora.probe_result import ProbeResult
 from aletheia_lora.training.interleave import Turn, take_turns

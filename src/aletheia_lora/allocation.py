@@ -315,3 +315,14 @@ def _module_scores(modules: Sequence[ModuleAnatomy], options: AllocationOptions)
 def _power_of_two(value: float) -> int:
     """The largest power of two not above ``value``, or 0 below 1."""
     return 1 << (int(value).bit_length() - 1) if value >= 1 else 0
+
+
+def mean_ranks(
+    found: ModelAnatomy, ranks: Sequence[ModuleRank], targets: Sequence[str] | None = None
+) -> dict[int, float]:
+    """Each layer's mean rank over its targeted modules, weighted by in + out: what its adapters cost by."""
+    params: Counter[int] = Counter()
+    for entry in ranks:
+        params[entry.layer_idx] += entry.num_params
+    one = {layer: sum(module.adapter_params(1) for module in found.layer(layer).targeted(targets)) for layer in params}
+    return {layer: params[layer] / one[layer] for layer in params}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from .adapter import lora_config, peft_config
 from .adapter_options import AdapterOptions
-from .allocation import AllocationOptions, ModuleRank, allocate, ranks_by_count, trainable_params
+from .allocation import AllocationOptions, ModuleRank, allocate, mean_ranks, ranks_by_count, trainable_params
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import timed_adapters
 from .data import TokenizedRows, batches, tokenize
@@ -493,14 +492,3 @@ def allocation_options(options: PlanOptions, measured: ProbeResult | None) -> Al
         is_flat=measured is not None and measured.is_flat,
         targets=options.targets,
     )
-
-
-def mean_ranks(
-    found: ModelAnatomy, ranks: Sequence[ModuleRank], targets: Sequence[str] | None = None
-) -> dict[int, float]:
-    """Each layer's mean rank over its targeted modules, weighted by in + out: what its adapters cost by."""
-    params: Counter[int] = Counter()
-    for entry in ranks:
-        params[entry.layer_idx] += entry.num_params
-    one = {layer: sum(module.adapter_params(1) for module in found.layer(layer).targeted(targets)) for layer in params}
-    return {layer: params[layer] / one[layer] for layer in params}

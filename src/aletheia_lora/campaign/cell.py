@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..allocation import mean_ranks
 from ..anatomy import ModelAnatomy, anatomy
 from ..comparison.arms import Arm, CompareOptions
 from ..comparison.compare import all_batches
@@ -34,7 +35,7 @@ from ..evaluation.adapters import adapter_digest
 from ..files import whole_folder, write_json
 from ..loss import heldout_loss
 from ..plan_options import PlanOptions
-from ..planning import Plan, mean_ranks, plan_from_probe, probe_rows
+from ..planning import Plan, plan_from_probe, probe_rows
 from ..prediction import probe_cost
 from ..probe_result import ProbeResult
 from ..processes import on_main, world_size
