@@ -39,8 +39,7 @@ def llama_plan(rows):
 
 @pytest.fixture(scope="module")
 def measured(rows):
-    """A llama, its anatomy and a probe that has everything that any score is made of."""
-    model = build("llama")
+    model = build("llama")  # with a probe that has everything that any score is made of
     return model, anatomy(model), probe(model, list(batches(rows, 4, 0)), taylor=True, descent=True)
 
 

@@ -69,7 +69,7 @@ class Arm:
     role: str
     """``uniform``, ``selected`` or ``control``."""
     trainer: str
-    """``trainer`` (transformers), ``trl_as_shipped``, ``trl_fast`` or ``aletheia``."""
+    """``trainer`` (transformers), ``aletheia``, or one of TRL's settings in ``runs.py``."""
     plan: Plan
     learning_rate: float
     steps: int
