@@ -42,6 +42,7 @@ ROOMS = (
     "scores",
     "cost",
     "memory",
+    "selection_options",
     "selection",
     "allocation",
     "adapter_options",

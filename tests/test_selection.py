@@ -19,11 +19,11 @@ from aletheia_lora.memory import LayerActivations, MemoryModel
 from aletheia_lora.selection import (
     STRATEGIES,
     LayerSelection,
-    SelectionOptions,
     pareto,
     select,
     select_layers,
 )
+from aletheia_lora.selection_options import SelectionOptions
 
 SCORES = {0: 1.0, 1: 4.0, 2: 2.0, 3: 3.0}
 DEEP = {layer: float((layer * 7) % 30) for layer in range(30)}

@@ -40,7 +40,8 @@ from .probe import probe
 from .probe_result import ProbeResult
 from .processes import on_main, together
 from .scores import EXTRAS, layer_scores
-from .selection import LayerSelection, ParetoPoint, SelectionOptions, nothing_fits, pareto, select
+from .selection import LayerSelection, ParetoPoint, nothing_fits, pareto, select
+from .selection_options import SelectionOptions
 
 FORMAT = "aletheia-plan/1"
 OPTIONAL = frozenset({"prediction", "history"})  # plans from before these lack them
