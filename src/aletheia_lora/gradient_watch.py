@@ -159,7 +159,7 @@ class GradientWatch:
                 weight_OI = weight.T if isinstance(module, Conv1D) else weight
                 self.taylors.setdefault(name, []).append(float((grad_OI * weight_OI).abs().sum()))
         if self.descent:
-            gradient_OR = g_TO.T @ (x_TI @ _first_adapter(in_features).to(x_TI.device).T)
+            gradient_OR = g_TO.T @ (x_TI @ _first_adapter(in_features).to(x_TI).T)
             before = self.adapter_gradients.get(name)
             self.adapter_gradients[name] = gradient_OR if before is None else before + gradient_OR
         self.owners[name] = (layer_idx, num_params, "gram" if use_gram else "formed", norm)
