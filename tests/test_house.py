@@ -42,6 +42,7 @@ ROOMS = (
     "scores",
     "cost",
     "memory",
+    "redundancy",
     "selection_options",
     "selection",
     "allocation",

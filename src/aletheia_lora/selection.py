@@ -17,6 +17,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .errors import PlanError, nearest
+from .redundancy import greedy, similarities
 from .selection_options import SelectionOptions, check_percent
 
 if TYPE_CHECKING:
@@ -293,6 +294,25 @@ def spread(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     return [max(stretch.tolist(), key=lambda layer: scores[layer]) for stretch in stretches]
 
 
+def diverse(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Greedily the best score * (1 - largest similarity of gradients to a layer chosen before): no two say the same.
+
+    Raises:
+        ValueError: If there are no kernels, they are of another number of layers, or a score is negative.
+        ProbeError: If the kernels are of fewer than three batches, or a layer's gradient is the same on all of them.
+    """
+    kernels = options.kernels
+    if kernels is None:
+        raise ValueError("diverse compares gradients: expected options.kernels, got None. Probe with kernels=True.")
+    if len(kernels) != len(scores):
+        raise ValueError(f"{len(scores)} scores, but kernels of {len(kernels)} layers. Take both from the same probe.")
+    if min(scores.values()) < 0:
+        raise ValueError(
+            f"diverse weighs scores: expected none below 0, got {min(scores.values()):g}. Use spread, which does not."
+        )
+    return greedy(scores, similarities(kernels), _count(scores, options))
+
+
 def all_layers(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     """Every layer: uniform LoRA."""
     return sorted(scores)
@@ -310,9 +330,11 @@ STRATEGIES: dict[str, Strategy] = {
     "last": last,
     "stride": stride,
     "spread": spread,
+    "diverse": diverse,
     "all": all_layers,
 }
-SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread")  # these read scores: they need a probe
+# These read scores: they need a probe.
+SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread", "diverse")
 
 
 def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[ParetoPoint]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .probe_result import Kernel
+
 if TYPE_CHECKING:
     from .cost import CostModel
     from .memory import MemoryModel
@@ -37,6 +39,8 @@ class SelectionOptions:
     """Predict steps with activation checkpointing from the lowest layer up, in uniform LoRA too."""
     prefix_cached: bool = False
     """Predict steps whose layers below the lowest one do not run; uniform LoRA has no prefix."""
+    kernels: Sequence[Kernel] | None = None
+    """Inner products of each layer's gradients, as in ``ProbeResult.kernels``; ``diverse`` needs them."""
 
     def __post_init__(self) -> None:
         check_percent("percent", self.percent)
