@@ -51,7 +51,7 @@ def error_of(work):
 
 
 def probe_job(_folder):
-    measured = probe(build("llama"), list(batches(list(rows())[:10], 2, 0)), taylor=True, descent=True)
+    measured = probe(build("llama"), list(batches(list(rows())[:10], 2, 0)), taylor=True, descent=True, kernels=True)
     few = probe(build("llama"), list(batches(list(rows())[:1], 1, 0)))
     made = made_plan(strategy="budget", time_budget=1.0, num_layers=None, calibrate=True)
     return {"probe": measured.to_dict(), "few": few.to_dict(), "plan": made.to_dict()}

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import aletheia_lora.campaign.forecast as forecast_room
 from aletheia_lora.campaign.cell import exit_code, run_cell
 from aletheia_lora.campaign.executors import EXIT_MACHINE, EXIT_MEMORY
 from aletheia_lora.campaign.forecast import forecast, forecast_text
+from aletheia_lora.campaign.methods import Method
 from aletheia_lora.campaign.records import CellFolder
 from aletheia_lora.campaign.report import tables
 from aletheia_lora.campaign.runner import driver_lock
@@ -148,6 +150,29 @@ def test_a_record_keeps_the_scores_of_its_layers_and_the_type_of_its_model(begun
     assert last["layer_scores"] == paper["layer_scores"]
     assert list(fisher["layer_scores"]) == ["fisher"] and len(fisher["layer_scores"]["fisher"]) == 4
     assert {result["model_type"] for result in (paper, last, fisher)} == {"llama"}
+
+
+def test_a_probe_is_shared_by_the_methods_that_read_the_same_of_it(begun, tmp_path, monkeypatch):
+    content, seen = begun()[0].cell.content, []
+
+    def shared_file(_folder, _name, identity, _write):
+        seen.append(identity)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(cell_room, "shared_file", shared_file)
+    bench = cell_room.Bench(content, tmp_path, 1, *[None] * 6)
+    for strategy, score in itertools.product(("spread", "diverse"), ("fisher", "taylor")):
+        with pytest.raises(FileNotFoundError):
+            bench.probe(Method(name="some", strategy=strategy, score=score), 7, print)
+    assert [identity.pop("extra") for identity in seen] == [None, "taylor", "diverse", "taylor+diverse"]
+    assert all(identity == seen[0] for identity in seen) and seen[0]["seed"] == 7
+
+
+def test_layers_that_differ_are_chosen_from_a_probe_of_three_batches(begun):
+    diverse = {"name": "diverse", "strategy": "diverse", "allocation": "uniform"}
+    (record,) = run(begun(methods=[diverse], probe_batches=3, steps=1, evaluations=1))
+    assert (record["state"], record["reason"]) == ("done", None)
+    assert len(record["result"]["layers"]) == 2
 
 
 def test_the_rate_is_the_best_of_the_grid_on_rows_that_are_not_the_held_out_ones(begun):

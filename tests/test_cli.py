@@ -179,6 +179,12 @@ def test_the_command_plans_as_the_library_does(aletheia, model, data):
     assert Plan.from_dict(record).ranks == made.ranks
 
 
+def test_plan_chooses_among_layers_that_differ(aletheia, model, data):
+    small = ("--validation-rows", "4", "--rank", "4", "--strategy", "diverse", "--num-layers", "3", "--json")
+    made = Plan.from_dict(one_object(aletheia("plan", model, data, *small, "--probe-batches", "3")))
+    assert len(made.selection.layers) == 3 and len(made.probe.kernels) == 4 and len(made.probe.kernels[0]) == 3
+
+
 # --- train, compare, demo ---------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,8 @@ ROOMS = (
     "activations",
     "memory",
     "knapsack",
+    "redundancy",
+    "selection_options",
     "selection",
     "allocation",
     "adapter_options",

@@ -167,6 +167,8 @@ def test_what_is_not_known_is_said(made, record):
     assert "standard errors are there for the score gradient_norm alone" in model_card(other, record)
     control = replace(made, options=replace(made.options, strategy="last"))
     assert "this strategy does not prefer high scores" in model_card(control, record)
+    diverse = replace(made, options=replace(made.options, strategy="diverse"))
+    assert "resemble those of a layer taken before, so there is no one edge" in model_card(diverse, record)
     everything = replace(made, selection=replace(made.selection, layers=(0, 1, 2, 3)))
     assert "every layer is adapted, so there is no edge" in model_card(everything, record)
 

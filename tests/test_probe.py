@@ -157,6 +157,9 @@ def test_descent_is_the_sum_of_the_gradient_of_a_real_adapters_b_over_all_batche
     for name, module in maps.items():
         expected = float(module.lora_B["default"].weight.grad.abs().sum())
         assert descents[name.removeprefix("base_model.model.")] == pytest.approx(expected, rel=1e-4)
+    doubled = probe(build("llama", torch.float64), batches, mode=mode, descent=True)
+    found = {tensor.name: tensor.descent for tensor in doubled.tensors if tensor.descent is not None}
+    assert found == pytest.approx({name: descents[name] for name in found}, rel=1e-4) and len(found) == 28
     assert descents["model.layers.0.input_layernorm.weight"] is None
     assert all(tensor.descent is None for tensor in probe(build("llama"), batches).tensors)
 

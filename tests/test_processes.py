@@ -113,6 +113,7 @@ def test_two_processes_probe_as_one_and_all_get_the_same(run):
         np.testing.assert_allclose(left.taylor or (), right.taylor or (), rtol=1e-5)
         assert (left.descent is None) == (right.descent is None)
         assert left.descent is None or left.descent == pytest.approx(right.descent, rel=1e-5)
+    np.testing.assert_allclose(two.kernels, one.kernels, rtol=1e-4, atol=1e-6 * np.max(one.kernels))
     assert two.timing is not None and one.timing is not None
     assert two.timing.lengths == one.timing.lengths and len(two.timing.forward) == 5
     assert (two.timing.num_first, one.timing.num_first) == (2, 1)

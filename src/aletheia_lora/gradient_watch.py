@@ -9,12 +9,14 @@ which is cheaper while T is small, and works on quantized weights as they are. E
 (norms, biases, stacked experts) is measured by autograd, tensor by tensor, and dropped at once.
 
 Where asked, the same X and G also give what an adapter W + B A would see first: with B = 0 its gradient is
-dL/dB = G^T (X A^T), out x rank, which is summed over the batches.
+dL/dB = G^T (X A^T), out x rank, which is summed over the batches; and a sketch of the gradient, small enough to keep
+of every batch, from which inner products of gradients follow.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,8 @@ from .stopwatch import Stopwatch
 
 ADAPTER_RANK = 16
 """Rank of the adapters whose first gradient is taken."""
+SKETCH_SIZE = 64
+"""Rows and columns of a sketched gradient."""
 
 
 class GradientWatch:
@@ -44,10 +48,11 @@ class GradientWatch:
         mode: Mode,
         taylor: bool,
         descent: bool,
+        kernels: bool,
         clock: Stopwatch,
         names: Mapping[str, str] | None,
     ) -> None:
-        self.mode, self.taylor, self.descent, self.clock = mode, taylor, descent, clock
+        self.mode, self.taylor, self.descent, self.kernels, self.clock = mode, taylor, descent, kernels, clock
         self.device_type = clock.device.type
         self.handles: list[Any] = []
         self.kinds: dict[str, str] = {module.name: module.kind for module in found.modules}
@@ -58,6 +63,10 @@ class GradientWatch:
         self.taylors: dict[str, list[float]] = {}
         self.adapter_gradients: dict[str, Tensor] = {}
         """dL/dB of an adapter on each linear map, (out, rank), summed over the batches so far."""
+        self.sketch = torch.zeros(found.num_layers if kernels else 0, SKETCH_SIZE, SKETCH_SIZE)
+        """Of each layer the sum of its linear maps' sketched gradients in the batch under way, on the CPU."""
+        self.sketches: list[Tensor] = []
+        """The same of each batch so far."""
         self.experts: dict[str, Tensor] = {}
         """Norm of each expert's gradient in a stack, summed over the batches so far."""
         self.owners: dict[str, tuple[int, int, Method, float | None]] = {}
@@ -74,6 +83,8 @@ class GradientWatch:
                 self.kinds[item.name] = self.kinds[f"{item.name}.weight"] = "router"
         try:
             self._watch(model, adaptable, _names_by_id(model, names))
+            if kernels:
+                self._check_kernels(found)
         except BaseException:
             self.close()
             raise
@@ -93,6 +104,15 @@ class GradientWatch:
                 for leaf, parameter in module.named_parameters(recurse=False):
                     if not (hooked and parameter.ndim > 1) and parameter.is_floating_point():
                         self._watch_parameter(f"{name}.{leaf}", parameter, layer_idx)
+
+    def _check_kernels(self, found: ModelAnatomy) -> None:
+        without = sorted(set(range(found.num_layers)) - {self.owners[name][0] for name in self.linears})
+        if without:
+            raise UnsupportedModelError(
+                f"{found.architecture} has layers without a linear map that can be adapted ({without}), and layers are "
+                "compared by the gradients of these (stacked experts are left out). Choose by a strategy that does not "
+                "compare layers, e.g. spread."
+            )
 
     # --- linear maps -------------------------------------------------------------------------------------------
 
@@ -159,9 +179,11 @@ class GradientWatch:
                 weight_OI = weight.T if isinstance(module, Conv1D) else weight
                 self.taylors.setdefault(name, []).append(float((grad_OI * weight_OI).abs().sum()))
         if self.descent:
-            gradient_OR = g_TO.T @ (x_TI @ _first_adapter(in_features).to(x_TI.device).T)
+            gradient_OR = g_TO.T @ (x_TI @ _first_adapter(in_features).to(x_TI).T)
             before = self.adapter_gradients.get(name)
             self.adapter_gradients[name] = gradient_OR if before is None else before + gradient_OR
+        if self.kernels:
+            self.sketch[layer_idx] += _sketch(x_TI, g_TO, zlib.crc32(name.encode())).cpu()
         self.owners[name] = (layer_idx, num_params, "gram" if use_gram else "formed", norm)
         calls.clear()
 
@@ -220,6 +242,9 @@ class GradientWatch:
             self.norms.setdefault(name, []).append(square**0.5)
         if not any(self.squares.values()):
             raise ProbeError(f"batch {index} gave no gradient in any layer: the loss does not depend on the layers.")
+        if self.kernels:
+            self.sketches.append(self.sketch)
+            self.sketch = torch.zeros_like(self.sketch)
         self.squares.clear()
         self.calls.clear()
         self.input_grams.clear()
@@ -255,6 +280,19 @@ def _first_adapter(in_features: int) -> Tensor:
     """A of a fresh adapter, (rank, in), drawn as PEFT draws it: uniform within 1 / sqrt(in). The same every time."""
     drawn_RI = torch.rand(ADAPTER_RANK, in_features, generator=torch.Generator().manual_seed(in_features))
     return (2 * drawn_RI - 1) / math.sqrt(in_features)
+
+
+def _sketch(x_TI: Tensor, g_TO: Tensor, seed: int) -> Tensor:
+    """The gradient G^T X between two random matrices, B^T G^T X A / size, shape (size, size).
+
+    A (in x size) and B (out x size) hold standard normal numbers, drawn by the seed. So in the mean over seeds the
+    inner product of two sketches is that of the two gradients under one seed, and 0 under two: sketches of different
+    weights, each with its own seed, may be added up as if they lay end to end.
+    """
+    source = torch.Generator().manual_seed(seed)
+    a_IS = torch.randn(x_TI.shape[1], SKETCH_SIZE, generator=source).to(x_TI)
+    b_OS = torch.randn(g_TO.shape[1], SKETCH_SIZE, generator=source).to(g_TO)
+    return (g_TO @ b_OS).T @ (x_TI @ a_IS) / SKETCH_SIZE
 
 
 def _stacked(tensors: Sequence[Tensor], features: int) -> Tensor:

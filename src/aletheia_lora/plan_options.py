@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .adapter_options import AdapterOptions
 from .memory import parse_bytes
 from .methods import method_of
 from .probe_result import Mode
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "taylor": {"taylor": True},
+    "adapter_descent": {"descent": True},
+    "diverse": {"kernels": True},
+}
+"""Scores and strategies that read what not every probe measures -> the argument with which ``probe`` does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +83,16 @@ class PlanOptions:
         _ = self.adapter_options  # it checks its own fields
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}, expected at least 1.")
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The score and the strategy, each if it is a key of :data:`EXTRAS`."""
+        return tuple(name for name in (self.score, self.strategy) if name in EXTRAS)
+
+    @property
+    def probe_extras(self) -> dict[str, Any]:
+        """The arguments with which ``probe`` measures what score and strategy read."""
+        return {key: value for name in self.extras for key, value in EXTRAS[name].items()}
 
     @property
     def adapter_options(self) -> AdapterOptions:

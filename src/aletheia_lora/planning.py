@@ -39,8 +39,9 @@ from .prediction import (
 from .probe import probe
 from .probe_result import ProbeResult
 from .processes import on_main, together
-from .scores import EXTRAS, layer_scores
-from .selection import LayerSelection, ParetoPoint, SelectionOptions, nothing_fits, pareto, select
+from .scores import layer_scores
+from .selection import LayerSelection, ParetoPoint, nothing_fits, pareto, select
+from .selection_options import SelectionOptions
 
 FORMAT = "aletheia-plan/1"
 OPTIONAL = frozenset({"prediction", "history"})  # plans from before these lack them
@@ -347,7 +348,7 @@ def probe_rows(
         model,
         drawn,
         mode=options.probe_mode,
-        **EXTRAS.get(options.score, {}),
+        **options.probe_extras,
         anatomy_=found,
         progress=progress,
     )
@@ -412,6 +413,7 @@ def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOpt
         memory=memory,
         checkpointing=options.gradient_checkpointing,
         prefix_cached=options.prefix_cache,
+        kernels=measured.kernels,
     )
     frontier = tuple(pareto(scores, choice)) if min(scores.values()) >= 0 and max(scores.values()) > 0 else ()
 

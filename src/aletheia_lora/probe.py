@@ -92,6 +92,7 @@ def probe(
     mode: Mode = "auto",
     taylor: bool = False,
     descent: bool = False,
+    kernels: bool = False,
     loss_fn: LossFunction = labelled_loss,
     device: torch.device | None = None,
     anatomy_: ModelAnatomy | None = None,
@@ -114,6 +115,7 @@ def probe(
             weights are measured in the Gram form in every mode: their gradient would be many times their size.
         taylor: Also measure sum |weight * gradient|, which needs the gradient and so implies ``exact``.
         descent: Also measure what an adapter on each linear map could do at once (``TensorStatistics.descent``).
+        kernels: Also measure how the layers' gradients on different batches go together (``ProbeResult.kernels``).
         loss_fn: ``(model, batch) -> scalar loss``; the mean next-token loss over labelled tokens if left out.
         device: Where to put the batches; the model's own device if left out.
         anatomy_: The model's anatomy, if at hand.
@@ -125,7 +127,8 @@ def probe(
     Raises:
         ValueError: If ``mode`` is unknown or there are no batches.
         UnsupportedModelError: If no gradient passes a linear map (its kernel, or how it is packed, is for inference),
-            or weights are on the meta device, or on several devices without a device map.
+            or weights are on the meta device, or on several devices without a device map, or with ``kernels`` a layer
+            has no linear map.
         ProbeError: If a batch has no labels, or a loss or gradient is NaN or infinite (names layer and batch), or the
             weights are sharded over processes.
         ProcessError: If the processes of a group hold different models, batches or devices.
@@ -146,18 +149,19 @@ def probe(
             "weights": digest(model.named_parameters(), most=64),
             "batches": digest((name, tensor) for batch in batches for name, tensor in sorted(batch.items())),
             "kind of device": target.type,
-            "mode": (mode, taylor, descent),
+            "mode": (mode, taylor, descent, kernels),
         }
 
     check_same(held, "Load one model, and draw the same rows with the same seed, on every process.")
     share = list(enumerate(batches))[rank() :: world_size()]
 
-    def measure() -> tuple[ProbeResult, dict[str, Tensor]]:
+    def measure() -> tuple[ProbeResult, dict[str, Tensor], list[Tensor]]:
         shown = tqdm(share, desc="probing", unit="batch", disable=not (progress and is_main()))
-        return _measured(model, shown, found, target, mode, taylor, descent, loss_fn, names)
+        return _measured(model, shown, found, target, mode, taylor, descent, kernels, loss_fn, names)
 
-    parts, sums = zip(*gather(measure, "probing"), strict=True)
-    return _with_descents(merged(parts), sums) if descent else merged(parts)
+    parts, sums, sketches = zip(*gather(measure, "probing"), strict=True)
+    result = _with_descents(merged(parts), sums) if descent else merged(parts)
+    return _with_kernels(result, sketches) if kernels else result
 
 
 def _with_descents(result: ProbeResult, sums: Sequence[Mapping[str, Tensor]]) -> ProbeResult:
@@ -171,6 +175,14 @@ def _with_descents(result: ProbeResult, sums: Sequence[Mapping[str, Tensor]]) ->
     )
 
 
+def _with_kernels(result: ProbeResult, parts: Sequence[Sequence[Tensor]]) -> ProbeResult:
+    """The result with its layers' kernels, from each process's sketches of its batches, (num_layers, size, size)."""
+    batches = [parts[batch % len(parts)][batch // len(parts)] for batch in range(result.num_batches)]
+    rows_LBS = torch.stack(batches, dim=1).flatten(2).double()
+    kernels: list[list[list[float]]] = (rows_LBS @ rows_LBS.mT).tolist()
+    return replace(result, kernels=tuple(tuple(map(tuple, kernel)) for kernel in kernels))
+
+
 def _measured(
     model: nn.Module,
     share: Iterable[tuple[int, Mapping[str, Tensor]]],
@@ -179,12 +191,14 @@ def _measured(
     mode: Mode,
     taylor: bool,
     descent: bool,
+    kernels: bool,
     loss_fn: LossFunction,
     names: Mapping[str, str] | None,
-) -> tuple[ProbeResult, dict[str, Tensor]]:
+) -> tuple[ProbeResult, dict[str, Tensor], list[Tensor]]:
     """The result of some of the batches, each with its number; of none, if this process has none.
 
-    Beside it the adapters' gradients, where asked for: sums over these batches, on the CPU.
+    Beside it, where asked for and on the CPU: the adapters' gradients, sums over these batches; and for each batch the
+    sketched gradients of the layers.
     """
     started = time.perf_counter()
     memory = _MemoryPeak(target)
@@ -194,7 +208,7 @@ def _measured(
         with contextlib.ExitStack() as hooks:
             hooks.callback((clock := Stopwatch(model, target)).close)
             hooks.callback((routing := Routing(model, found)).close)
-            watch = GradientWatch(model, found, "exact" if taylor else mode, taylor, descent, clock, names)
+            watch = GradientWatch(model, found, "exact" if taylor else mode, taylor, descent, kernels, clock, names)
             hooks.callback(watch.close)
             for index, batch in share:
                 on_device = {key: value.to(target) for key, value in batch.items()}
@@ -217,7 +231,7 @@ def _measured(
         timing=clock.timing(),
         expert_loads=routing.loads(),
     )
-    return result, {name: total.cpu() for name, total in watch.adapter_gradients.items()}
+    return result, {name: total.cpu() for name, total in watch.adapter_gradients.items()}, watch.sketches
 
 
 def _check_whole(model: nn.Module) -> None:

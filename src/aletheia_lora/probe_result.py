@@ -20,9 +20,11 @@ from .files import write_json
 
 Method = Literal["formed", "gram", "autograd"]
 Mode = Literal["auto", "exact", "gram"]
+Kernel = tuple[tuple[float, ...], ...]
 FORMAT = "aletheia-probe/1"
 FLAT_SPREAD = 2.5
-OPTIONAL = frozenset({"timing", "row_lengths", "expert_loads"})  # records from before these were measured lack them
+# Records from before these were measured lack them.
+OPTIONAL = frozenset({"timing", "row_lengths", "expert_loads", "kernels"})
 NESTED = frozenset({"timing", "tensors", "expert_loads"})
 
 
@@ -159,6 +161,9 @@ class ProbeResult(Mapping[int, float]):
     """Tokens of the rows that training will see, ascending (at most 101, evenly spread); empty if not known."""
     expert_loads: tuple[ExpertLoad, ...] = ()
     """Tokens of each expert, an entry per layer with stacked experts; empty in records from before that."""
+    kernels: tuple[Kernel, ...] | None = None
+    """Of each layer, in order, the inner product of its gradients on batches i and j, (num_batches, num_batches):
+    over the weights of its linear maps, stacked experts left out, estimated from sketches. None if not measured."""
 
     def __getitem__(self, layer_idx: int) -> float:
         return (
@@ -247,6 +252,8 @@ class ProbeResult(Mapping[int, float]):
             fields[key] = tuple(fields.get(key, ()))
         fields["timing"] = None if fields.get("timing") is None else StepTiming.from_dict(fields["timing"])
         fields["tensors"] = tuple(TensorStatistics(**_with_tuples(tensor)) for tensor in record["tensors"])
+        if fields.get("kernels") is not None:
+            fields["kernels"] = tuple(tuple(tuple(row) for row in kernel) for kernel in fields["kernels"])
         fields["expert_loads"] = tuple(ExpertLoad(**_with_tuples(load)) for load in fields.get("expert_loads", ()))
         return cls(**fields)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ from .anatomy import ModuleAnatomy, anatomy
 from .errors import ProbeError, nearest
 from .probe_result import ProbeResult, TensorStatistics
 
-EXTRAS: dict[str, dict[str, Any]] = {"taylor": {"taylor": True}, "adapter_descent": {"descent": True}}
-"""Scores made of what not every probe measures -> the argument with which ``probe`` does."""
 # For normally distributed numbers the distance between the quartiles is 1.349 standard deviations.
 QUARTILE_DISTANCE = 1.349
 

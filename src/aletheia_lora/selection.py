@@ -17,75 +17,11 @@ import numpy as np
 
 from .errors import PlanError, nearest
 from .knapsack import ROUNDING, best_affordable
+from .redundancy import greedy, similarities
+from .selection_options import SelectionOptions, check_percent
 
 if TYPE_CHECKING:
-    from .cost import CostModel, Ranks
-    from .memory import MemoryModel
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SelectionOptions:
-    """What the strategies may be told; each reads only what its rule needs."""
-
-    percent: float = 50
-    """Layers to choose, in percent of all: ``top_percent`` and the controls."""
-    num_layers: int | None = None
-    """Layers to choose, as a count. Overrides ``percent``; for ``budget`` it is an upper bound."""
-    mass: float = 0.8
-    """Share of the total score that ``mass`` keeps, 0 to 1."""
-    time_budget: float = 0.7
-    """Predicted step time that ``budget`` may use, as a share of uniform LoRA's."""
-    rank: int = 16
-    """Rank that predictions assume, of uniform LoRA and, unless ``ranks`` is given, of the choice."""
-    ranks: Mapping[int, Ranks] | None = None
-    """The choice's rank for each number of chosen layers, where it depends on that."""
-    seed: int = 0
-    """Seed of ``random``."""
-    cost: CostModel | None = None
-    """What a step costs; ``budget`` and predictions of time need it."""
-    memory_budget: int | None = None
-    """Bytes that ``budget`` may use at the highest point of a step; None sets no limit."""
-    memory: MemoryModel | None = None
-    """Bytes of a step; ``memory_budget`` needs it."""
-    checkpointing: bool = False
-    """Predict steps with activation checkpointing from the lowest layer up, in uniform LoRA too."""
-    prefix_cached: bool = False
-    """Predict steps whose layers below the lowest one do not run; uniform LoRA has no prefix."""
-
-    def __post_init__(self) -> None:
-        _check_percent("percent", self.percent)
-        for name in ("mass", "time_budget"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected a share above 0 and at most 1.")
-        for name, least in (("num_layers", 1), ("rank", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}, expected at least {least}.")
-        if self.memory_budget is not None and self.memory is None:
-            raise ValueError("a memory budget needs a memory model: expected options.memory. Pass memory_model(...).")
-
-    def rank_of(self, count: int) -> Ranks:
-        """Rank of the adapters where this many layers are chosen."""
-        return self.rank if self.ranks is None else self.ranks[count]
-
-    @property
-    def uniform_cost(self) -> float:
-        """Predicted cost of a step of uniform LoRA under these options."""
-        assert self.cost is not None
-        return self.cost.uniform(rank=self.rank, checkpointing=self.checkpointing)
-
-    def time_share(self, layers: Sequence[int]) -> float:
-        """Predicted step time of these layers, at the rank of so many, against uniform LoRA."""
-        assert self.cost is not None
-        rank = self.rank_of(len(layers))
-        step = self.cost.step(layers, rank=rank, checkpointing=self.checkpointing, prefix_cached=self.prefix_cached)
-        return step / self.uniform_cost
-
-    def step_bytes(self, layers: Sequence[int]) -> int:
-        """Predicted highest bytes of a step of these layers, at the rank of so many."""
-        assert self.memory is not None
-        rank = self.rank_of(len(layers))
-        return self.memory.step(layers, rank=rank, checkpointing=self.checkpointing, prefix_cached=self.prefix_cached)
+    from .cost import CostModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +102,7 @@ def select_layers(layer_scores: Mapping[int, float], top_pct: float = 50) -> lis
     Raises:
         ValueError: If there are no scores, a score is not a finite number, or ``top_pct`` is out of range.
     """
-    _check_percent("top_pct", top_pct)
+    check_percent("top_pct", top_pct)
     scores = _checked(layer_scores)
     return sorted(_best_first(scores)[: max(int(len(scores) * top_pct / 100), 1)])
 
@@ -340,6 +276,25 @@ def spread(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     return [max(stretch.tolist(), key=lambda layer: scores[layer]) for stretch in stretches]
 
 
+def diverse(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """Greedily the best score * (1 - largest similarity of gradients to a layer chosen before): no two say the same.
+
+    Raises:
+        ValueError: If there are no kernels, they are of another number of layers, or a score is negative.
+        ProbeError: If the kernels are of fewer than three batches, or a layer's gradient is the same on all of them.
+    """
+    kernels = options.kernels
+    if kernels is None:
+        raise ValueError("diverse compares gradients: expected options.kernels, got None. Probe with kernels=True.")
+    if len(kernels) != len(scores):
+        raise ValueError(f"{len(scores)} scores, but kernels of {len(kernels)} layers. Take both from the same probe.")
+    if min(scores.values()) < 0:
+        raise ValueError(
+            f"diverse weighs scores: expected none below 0, got {min(scores.values()):g}. Use spread, which does not."
+        )
+    return greedy(scores, similarities(kernels), _count(scores, options))
+
+
 def all_layers(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     """Every layer: uniform LoRA."""
     return sorted(scores)
@@ -357,9 +312,11 @@ STRATEGIES: dict[str, Strategy] = {
     "last": last,
     "stride": stride,
     "spread": spread,
+    "diverse": diverse,
     "all": all_layers,
 }
-SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread")  # these read scores: they need a probe
+# These read scores: they need a probe.
+SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread", "diverse")
 
 
 def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[ParetoPoint]:
@@ -457,11 +414,6 @@ def _cost_of(scores: Mapping[int, float], options: SelectionOptions) -> CostMode
             f"0-{options.cost.num_layers - 1}. Make both from the same model."
         )
     return options.cost
-
-
-def _check_percent(name: str, percent: float) -> None:
-    if not 1 <= percent <= 100:
-        raise ValueError(f"{name}={percent}, expected a percentage from 1 to 100. Use 50 for half of the layers.")
 
 
 def _checked(layer_scores: Mapping[int, float]) -> dict[int, float]:

@@ -41,7 +41,6 @@ from ..probe_result import ProbeResult
 from ..processes import on_main, world_size
 from ..rows import load_rows
 from ..runs import EMBEDDED, Say
-from ..scores import EXTRAS
 from ..statistics import parameter_matched
 from ..training.interleave import take_turns
 from .baselines import adapter_of, prepared
@@ -217,13 +216,12 @@ class Bench:
     def probe(self, method: Method, seed: int, say: Say) -> ProbeResult:
         """The probe of this seed, which all methods that read the same statistics share."""
         keys = ("probe_batches", "probe_batch_size", "train_rows")
-        extra = method.score if method.score in EXTRAS else None
-        identity = {"seed": seed, "extra": extra, **{key: self.content[key] for key in keys}}
+        options = self.options(method, seed, 0)
+        identity = {"seed": seed, "extra": "+".join(options.extras) or None, **{key: self.content[key] for key in keys}}
 
         def write(file: Path) -> None:
             say(f"probing with seed {seed}")
             parts = self.parts(seed)
-            options = self.options(method, seed, 0)
             lengths = [len(row.input_ids) for row in parts.train]
             _, measured = probe_rows(self.model, parts.probe, options, tokenizer=self.tokenizer, row_lengths=lengths)
             measured.save(file)

@@ -22,7 +22,8 @@ from ..outlook import model_from_config
 from ..rows import load_rows
 from ..run_config import configuration
 from ..runs import EMBEDDED, Say, load_model
-from ..selection import SCORED, STRATEGIES, SelectionOptions
+from ..selection import SCORED, STRATEGIES
+from ..selection_options import SelectionOptions
 from .methods import Method
 from .spec import Cell, cells
 from .status import duration

@@ -17,7 +17,8 @@ import numpy as np
 from ..allocation import ModuleRank, allocate
 from ..errors import ConfigError, nearest
 from ..planning import Plan, allocation_options
-from ..selection import SCORED, STRATEGIES, LayerSelection, SelectionOptions
+from ..selection import SCORED, STRATEGIES, LayerSelection
+from ..selection_options import SelectionOptions
 
 MOST_STEPS_PER_UNIFORM_STEP = 50
 CONTROLS = ("random", "bottom", "middle", "first", "last", "stride", "top_percent")

@@ -98,6 +98,11 @@ def _edge(plan: Plan) -> list[str]:
     left_out = sorted(set(scores) - set(chosen))
     if plan.options.strategy == "spread":
         return ["the highest score of each stretch of the depth was taken, so there is no one edge between scores"]
+    if plan.options.strategy == "diverse":
+        return [
+            "high scores were taken one by one, each for less the more its gradients resemble those of a layer taken "
+            "before, so there is no one edge between scores"
+        ]
     if plan.options.strategy not in BY_SCORE:
         return ["this strategy does not prefer high scores, so no margin is given"]
     if not left_out:

@@ -25,7 +25,7 @@ from ..methods import method_of
 from ..planning import LayerChange, Plan, plan_from_probe, probe_batches
 from ..probe import probe
 from ..processes import is_sharded
-from ..scores import EXTRAS, layer_scores
+from ..scores import layer_scores
 
 WITHOUT_DATA = ("weight_snr", "random")
 """Scores that read no gradient: the same however long a run trains."""
@@ -166,7 +166,7 @@ class ReRank(TrainerCallback):
             base,
             self._batches,
             mode=options.probe_mode,
-            **EXTRAS.get(options.score, {}),
+            **options.probe_extras,
             anatomy_=self.plan.anatomy,
             names=own_modules(base),
         )
