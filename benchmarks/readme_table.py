@@ -1,11 +1,13 @@
-"""The README's table of results, made from the committed records alone: `python benchmarks/readme_table.py`."""
+"""The tables in README and docs/findings.md, from the committed records alone: `python benchmarks/readme_table.py`."""
 
+import csv
 import json
 import statistics
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SPLIT = ("uniform", "uniform_aletheia", "selected")
+MATCHES = ("steps", "time")
 
 
 def step_rows(record: dict) -> list[str]:
@@ -52,12 +54,41 @@ def probe_sentence(records: list[dict]) -> str:
     return f"The probe takes this share of the public package's time, with the same selection: {shares}."
 
 
+def campaign_rows(folder: Path = HERE / "campaign_smollm2" / "report") -> list[str]:
+    """What each choice of layers learned beside a random one, at equal steps and at equal time, from the report."""
+    ranked, runs, counted = (
+        list(csv.DictReader((folder / f"{name}.csv").open())) for name in ("ranking", "runs", "counted")
+    )
+    heads = ("choice", "layers", "lowest", "steps in uniform's time", *(f"loss at equal {match}" for match in MATCHES))
+    rows = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for method in dict.fromkeys(row["method"] for row in ranked if row["match"] == MATCHES[0]):
+        own = [run for run in runs if run["method"] == method and run["lowest_backward_layer"]]
+        lowest = sorted({int(run["lowest_backward_layer"]) for run in own})
+        steps = [float(row["steps"]) for row in counted if row["method"] == method and row["steps"]]
+        first = next(row for row in ranked if row["method"] == method)
+        taken = f"{statistics.fmean(steps):.0f}" if steps else own[0]["steps"] if own else ""
+        where = "-".join(str(layer) for layer in dict.fromkeys((lowest[0], lowest[-1]))) if lowest else ""
+        losses = [_beside_chance(ranked, method, match) for match in MATCHES]
+        rows.append(f"| {method} | {first['num_layers']} | {where} | {taken} | {' | '.join(losses)} |")
+    return rows
+
+
+def _beside_chance(ranked: list[dict], method: str, match: str) -> str:
+    """Mean difference from random layers with its interval and verdict; how many pairs where some are missing."""
+    row = next(row for row in ranked if (row["method"], row["match"]) == (method, match))
+    if not row["low"]:
+        return "not run"
+    pairs = "" if row["n"] == row["of"] else f", {row['n']} of {row['of']} pairs"
+    ends = " to ".join(f"{float(row[key]):+.3f}" for key in ("low", "high"))
+    return f"{float(row['mean']):+.3f} ({ends}): {row['verdict']}{pairs}"
+
+
 def table() -> str:
-    """The whole section."""
+    """The README's section."""
     record = json.loads((HERE / "step_time" / "compare.json").read_text())
     records = [json.loads(line) for line in (HERE / "probe" / "records.jsonl").read_text().splitlines()]
     return "\n".join([*step_rows(record), "", split_sentence(record), "", probe_sentence(records)])
 
 
 if __name__ == "__main__":
-    print(table())
+    print("\n".join([table(), "", *campaign_rows()]))

@@ -19,7 +19,7 @@ from aletheia_lora.planning import Plan, allocation_options, plan, plan_from_pro
 from aletheia_lora.prediction import probe_cost
 from aletheia_lora.probe import probe
 from aletheia_lora.scores import SCORES, layer_scores
-from aletheia_lora.selection import STRATEGIES
+from aletheia_lora.selection import BUDGETED, STRATEGIES
 from families import build
 from tiny_inputs import word_tokenizer
 
@@ -194,13 +194,14 @@ def test_an_unknown_option_is_refused_by_its_name(rows):
         plan(build("llama"), rows, time_bugdet=0.5)
 
 
+@pytest.mark.parametrize("strategy", BUDGETED)
 @pytest.mark.parametrize("allocation", ["uniform", "matched"])
 @pytest.mark.parametrize("time_budget", [0.05, 0.35, 0.4, 0.45, 0.5, 0.55])
 def test_a_budget_is_kept_with_the_ranks_that_are_given_or_the_error_names_one_that_will_do(
-    measured, allocation, time_budget
+    measured, allocation, time_budget, strategy
 ):
     model, found, result = measured
-    options = PlanOptions(**SMALL, allocation=allocation, time_budget=time_budget)
+    options = PlanOptions(**SMALL, strategy=strategy, allocation=allocation, time_budget=time_budget)
     try:
         made = plan_from_probe(found, result, options, model=model)
     except PlanError as error:

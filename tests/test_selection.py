@@ -19,6 +19,7 @@ from aletheia_lora.cost import CostModel, StepShape, cost_model
 from aletheia_lora.errors import PlanError
 from aletheia_lora.memory import MemoryModel
 from aletheia_lora.selection import (
+    BUDGETED,
     STRATEGIES,
     LayerSelection,
     pareto,
@@ -130,7 +131,7 @@ def test_a_control_does_not_look_at_the_scores(strategy: str) -> None:
     assert STRATEGIES[strategy](DEEP, SelectionOptions()) == STRATEGIES[strategy](other, SelectionOptions())
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("random", "budget", "diverse")])
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("random", "diverse", *BUDGETED)])
 def test_the_order_of_the_scores_does_not_matter(strategy: str) -> None:
     turned = dict(reversed(DEEP.items()))
     assert STRATEGIES[strategy](turned, SelectionOptions()) == STRATEGIES[strategy](DEEP, SelectionOptions())
@@ -222,6 +223,35 @@ def test_budget_of_all_the_time_takes_all_layers() -> None:
     assert select(SCORES, "budget", SelectionOptions(time_budget=1.0, cost=flat_cost(4))).layers == (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("percent", [25, 50, 100])
+def test_budget_spread_starts_at_the_lowest_layer_that_the_budget_affords(percent: int) -> None:
+    def spread_from(start: int) -> tuple[int, ...]:
+        above = np.array_split(np.arange(start, 30), max((30 - start) * percent // 100, 1))
+        return tuple(max(part.tolist(), key=lambda layer: DEEP[layer]) for part in above)
+
+    lowest = []
+    for share in (0.5, 0.6, 0.8, 1.0):
+        options = SelectionOptions(percent=percent, time_budget=share, cost=flat_cost(30))
+        made = select(DEEP, "budget_spread", options)
+        start = next(start for start in range(30) if options.time_share(spread_from(start)) <= share)
+        assert made.layers == spread_from(start) and made.predicted_time_share <= share
+        lowest.append(made.lowest)
+    assert lowest == sorted(lowest, reverse=True) and lowest[0] > lowest[-1]
+    if percent == 100:
+        assert made.layers == tuple(range(30))
+
+
+@pytest.mark.parametrize("strategy", BUDGETED)
+def test_a_memory_budget_moves_the_choice_up(strategy: str) -> None:
+    layers = (LayerActivations(1000, 10, 1),) * 30
+    memory = MemoryModel(layers, (1,) * 30, 1000, 10, 100, 50, 900, 5, "traced")
+    options: dict[str, Any] = {"time_budget": 1.0, "cost": flat_cost(30), "memory": memory}
+    free = select(DEEP, strategy, SelectionOptions(**options))
+    half = memory.step(free.layers, rank=16) // 2
+    bound = select(DEEP, strategy, SelectionOptions(**options, memory_budget=half))
+    assert bound.lowest > free.lowest and memory.step(bound.layers, rank=16) <= half
+
+
 def test_budget_grows_with_time() -> None:
     rng = np.random.default_rng(1)
     scores, cost = dict(enumerate(rng.exponential(size=12).tolist())), random_cost(rng, 12, equal_adapters=True)
@@ -243,10 +273,11 @@ def test_budget_prefers_the_higher_of_equal_scores() -> None:
     assert select(dict.fromkeys(range(4), 1.0), "budget", options).layers == (3,)
 
 
-def test_budget_that_no_layer_fits_says_what_one_needs() -> None:
+@pytest.mark.parametrize("strategy", BUDGETED)
+def test_budget_that_no_layer_fits_says_what_one_needs(strategy: str) -> None:
     cost = flat_cost(4)
     with pytest.raises(PlanError, match=r"time_budget=0\.1 .*0\.596 .*layer 3") as caught:
-        select(SCORES, "budget", SelectionOptions(time_budget=0.1, cost=cost))
+        select(SCORES, strategy, SelectionOptions(time_budget=0.1, cost=cost))
     assert 0.595 <= cost.share([3]) <= 0.596
     assert "Raise time_budget" in str(caught.value)
 

@@ -40,7 +40,7 @@ from .probe import probe
 from .probe_result import ProbeResult
 from .processes import on_main, together
 from .scores import layer_scores
-from .selection import LayerSelection, ParetoPoint, nothing_fits, pareto, select
+from .selection import BUDGETED, LayerSelection, ParetoPoint, nothing_fits, pareto, select
 from .selection_options import SelectionOptions
 
 FORMAT = "aletheia-plan/1"
@@ -450,15 +450,15 @@ def _chosen(
     choice: SelectionOptions,
     ranked: Callable[[Sequence[int]], Ranked],
 ) -> tuple[LayerSelection, Ranked]:
-    """The strategy's choice with its ranks; under ``budget`` one that keeps the budgets with them."""
+    """The strategy's choice with its ranks; one that keeps the budgets with them, where the strategy has any."""
     memory_budget = choice.memory_budget
     while True:
         try:
             selection = select(scores, options.strategy, choice)
         except PlanError as error:
-            if options.strategy != "budget":
+            if options.strategy not in BUDGETED:
                 raise
-            alone = {layer: ranked([layer]) for layer in scores if scores[layer] > 0}
+            alone = {layer: ranked([layer]) for layer in scores if scores[layer] > 0 or options.strategy != "budget"}
             raise nothing_fits(
                 {layer: share for layer, (_, share, _) in alone.items()},
                 {layer: predicted.bytes for layer, (_, _, predicted) in alone.items()},
@@ -470,7 +470,7 @@ def _chosen(
         _, share, predicted = found
         too_slow = share > options.time_budget * (1 + 1e-9)
         too_large = memory_budget is not None and predicted.bytes > memory_budget
-        if options.strategy != "budget" or not (too_slow or too_large):
+        if options.strategy not in BUDGETED or not (too_slow or too_large):
             return selection, found
         # Ranks that depend on which layers were chosen can cost more than it was made at: choose within less.
         if too_slow:

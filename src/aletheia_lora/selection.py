@@ -197,11 +197,35 @@ def budget(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     for at_least, at_most in counts:
         best = _better(best, scores, options, at_least, at_most)
     if not best:
-        layers = [layer for layer, score in scores.items() if score > 0]
-        shares = {layer: options.time_share([layer]) for layer in layers}
-        needed = {} if options.memory_budget is None else {layer: options.step_bytes([layer]) for layer in layers}
-        raise nothing_fits(shares, needed, options.time_budget, options.memory_budget)
+        raise _no_layer_fits([layer for layer, score in scores.items() if score > 0], options)
     return best
+
+
+def budget_spread(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
+    """As ``spread``, from the lowest layer up that the budgets afford; ``options.percent`` of the layers above it.
+
+    Ours: what a step costs is decided by its lowest layer, and what it learns by how the choice spreads.
+
+    Raises:
+        ValueError: If there is no cost model.
+        PlanError: If not even one layer fits; says the smallest budget that one does.
+    """
+    _cost_of(scores, options)
+    layers = sorted(scores)
+    for start in range(len(layers)):
+        above = layers[start:]
+        count = min(max(int(len(above) * options.percent / 100), 1), options.num_layers or len(above))
+        chosen = _best_of_stretches(scores, above, count)
+        quick = options.time_share(chosen) <= options.time_budget * (1 + ROUNDING)
+        if quick and (options.memory_budget is None or options.step_bytes(chosen) <= options.memory_budget):
+            return chosen
+    raise _no_layer_fits(layers, options)
+
+
+def _no_layer_fits(layers: Sequence[int], options: SelectionOptions) -> PlanError:
+    shares = {layer: options.time_share([layer]) for layer in layers}
+    needed = {} if options.memory_budget is None else {layer: options.step_bytes([layer]) for layer in layers}
+    return nothing_fits(shares, needed, options.time_budget, options.memory_budget)
 
 
 def nothing_fits(
@@ -272,8 +296,11 @@ def stride(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
 
 def spread(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     """The best-scoring layer of each of k equal stretches of the depth: a score's choice without heaps."""
-    stretches = np.array_split(sorted(scores), _count(scores, options))
-    return [max(stretch.tolist(), key=lambda layer: scores[layer]) for stretch in stretches]
+    return _best_of_stretches(scores, sorted(scores), _count(scores, options))
+
+
+def _best_of_stretches(scores: Mapping[int, float], layers: Sequence[int], count: int) -> list[int]:
+    return [max(stretch.tolist(), key=lambda layer: scores[layer]) for stretch in np.array_split(layers, count)]
 
 
 def diverse(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
@@ -305,6 +332,7 @@ STRATEGIES: dict[str, Strategy] = {
     "above_median": above_median,
     "mass": mass,
     "budget": budget,
+    "budget_spread": budget_spread,
     "random": random,
     "bottom": bottom,
     "middle": middle,
@@ -316,7 +344,9 @@ STRATEGIES: dict[str, Strategy] = {
     "all": all_layers,
 }
 # These read scores: they need a probe.
-SCORED = ("top_percent", "above_median", "mass", "budget", "bottom", "spread", "diverse")
+SCORED = ("top_percent", "above_median", "mass", "budget", "budget_spread", "bottom", "spread", "diverse")
+# These keep a time and a memory budget.
+BUDGETED = ("budget", "budget_spread")
 
 
 def pareto(scores: Mapping[int, float], options: SelectionOptions) -> list[ParetoPoint]:

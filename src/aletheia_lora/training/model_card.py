@@ -96,7 +96,7 @@ def _edge(plan: Plan) -> list[str]:
     """The lowest score chosen and the highest left out, and which layers the probe cannot tell from these."""
     chosen, scores = plan.selection.layers, plan.scores
     left_out = sorted(set(scores) - set(chosen))
-    if plan.options.strategy == "spread":
+    if plan.options.strategy in ("spread", "budget_spread"):
         return ["the highest score of each stretch of the depth was taken, so there is no one edge between scores"]
     if plan.options.strategy == "diverse":
         return [
