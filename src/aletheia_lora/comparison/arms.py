@@ -162,6 +162,8 @@ UNIFORM = {
     "uniform_aletheia": ("uniform LoRA, our trainer", "aletheia", True),
 }
 """Title and trainer of the ways to train all layers, and whether they take all steps."""
+TWIN = "uniform_aletheia"
+"""Learns what ``uniform`` does, step by step: there is no need to keep and ask both."""
 
 
 def planned_arms(plan: Plan, options: CompareOptions) -> list[Arm]:

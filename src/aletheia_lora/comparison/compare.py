@@ -14,7 +14,7 @@ from ..errors import DataError, PlanError
 from ..loss import heldout_loss
 from ..planning import Plan
 from ..training.interleave import take_turns
-from .arms import CompareOptions, planned_arms
+from .arms import TWIN, CompareOptions, planned_arms
 from .record import make_record
 from .runs import frozen_weights_put_back, run_of
 
@@ -45,7 +45,7 @@ def compare(
         options: Steps, rates, controls.
         model_name: For the record.
         data_name: For the record.
-        keep: Save the adapter of every full run here, in a folder named after its arm.
+        keep: Save the adapters of full runs here, each in a folder named after its arm; not that of ``TWIN``.
         say: Called with a line of progress now and then.
 
     Raises:
@@ -68,11 +68,15 @@ def compare(
     say(f"held-out loss before training {base_loss:.4f} ({len(validation)} rows)")
     arms = planned_arms(plan, options)
     rows = train.to_dataset()
+    kept = {arm.name: None if arm.name == TWIN else keep for arm in arms}
 
     with frozen_weights_put_back(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainers' own advice, once per arm
         errors = take_turns(
-            [run_of(arm, model, tokenizer, rows, pad, options, held_out=held_out, keep=keep, say=say) for arm in arms]
+            [
+                run_of(arm, model, tokenizer, rows, pad, options, held_out=held_out, keep=kept[arm.name], say=say)
+                for arm in arms
+            ]
         )
     for arm, error in zip(arms, errors, strict=True):
         if error is not None and arm.name in ("uniform", "selected"):
