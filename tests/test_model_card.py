@@ -106,6 +106,12 @@ def test_a_training_writes_a_card_that_the_hub_reads(tmp_path, rows):
     assert f"backward stopped at layer {made.selection.lowest} (measured)" in card.text
 
 
+def test_the_card_says_what_was_not_shown_of_scores(made, record, rows):
+    assert "more than as many random ones has not been shown" in model_card(made, record)
+    other = plan(build("llama"), rows, rank=4, probe_batches=2, strategy="stride")
+    assert "as many random ones" not in model_card(other, {**record, "layers": list(other.selection.layers)})
+
+
 def test_a_model_and_data_from_the_hub_are_named_with_their_revision(made, record):
     card = ModelCard(model_card(made, record))
     assert (card.data.base_model, card.data.datasets) == ("org/tiny", ["org/words"])

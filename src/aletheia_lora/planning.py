@@ -40,7 +40,7 @@ from .probe import probe
 from .probe_result import ProbeResult
 from .processes import on_main, together
 from .scores import layer_scores
-from .selection import BUDGETED, LayerSelection, ParetoPoint, nothing_fits, pareto, select
+from .selection import BUDGETED, NOT_SHOWN, SCORED, LayerSelection, ParetoPoint, nothing_fits, pareto, select
 from .selection_options import SelectionOptions
 
 FORMAT = "aletheia-plan/1"
@@ -159,6 +159,8 @@ class Plan:
             lines.append(f"adapter: {self.options.adapter}; predictions are for LoRA of rank {ranks} on these layers")
         if self.options.adapter_options.in_words():
             lines.append(f"adapters: {self.options.adapter_options.in_words()}; predictions are those of plain LoRA")
+        if self.selection.strategy in SCORED:
+            lines.append(f"{NOT_SHOWN}; `aletheia compare --controls random` asks it of your data")
         if self.selection.lowest == 0:
             lines.append("layer 0 is among them, so backward runs through the whole model and little time is saved")
         return "\n".join(lines)

@@ -345,6 +345,7 @@ STRATEGIES: dict[str, Strategy] = {
 }
 # These read scores: they need a probe.
 SCORED = ("top_percent", "above_median", "mass", "budget", "budget_spread", "bottom", "spread", "diverse")
+NOT_SHOWN = "that layers chosen by such scores learn more than as many random ones has not been shown"
 # These keep a time and a memory budget.
 BUDGETED = ("budget", "budget_spread")
 

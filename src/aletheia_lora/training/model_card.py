@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..planning import Plan
+from ..selection import NOT_SHOWN, SCORED
 
 BY_SCORE = ("top_percent", "above_median", "mass", "budget")
 """Strategies that prefer high scores, and so have an edge between layers."""
@@ -163,6 +164,11 @@ def _tied(plan: Plan, layer: int, other: int) -> bool:
 
 
 def _certainty(plan: Plan) -> list[str]:
+    shown = [f"{NOT_SHOWN} (docs/findings.md of aletheia-lora)"] if plan.selection.strategy in SCORED else []
+    return [*_measured_certainty(plan), *shown]
+
+
+def _measured_certainty(plan: Plan) -> list[str]:
     probe = plan.probe
     if probe is None:
         return [f"not known: {_why_no_errors(plan)}"]
