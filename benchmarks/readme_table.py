@@ -54,10 +54,11 @@ def probe_sentence(records: list[dict]) -> str:
     return f"The probe takes this share of the public package's time, with the same selection: {shares}."
 
 
-def campaign_rows(folder: Path = HERE / "campaign_smollm2" / "report") -> list[str]:
+def campaign_rows(folder: Path = HERE / "campaign_smollm2" / "records") -> list[str]:
     """What each choice of layers learned beside a random one, at equal steps and at equal time, from the report."""
     ranked, runs, counted = (
-        list(csv.DictReader((folder / f"{name}.csv").open())) for name in ("ranking", "runs", "counted")
+        list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines()))
+        for name in ("ranking", "runs", "counted")
     )
     heads = ("choice", "layers", "lowest", "steps in uniform's time", *(f"loss at equal {match}" for match in MATCHES))
     rows = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
