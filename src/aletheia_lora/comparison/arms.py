@@ -155,15 +155,15 @@ def with_layers(plan: Plan, strategy: str, layers: Sequence[int], allocation: st
     return replace(plan, selection=selection, ranks=ranks)
 
 
+TWIN = "uniform_aletheia"
+"""Learns what ``uniform`` does, step by step: there is no need to keep and ask both."""
 UNIFORM = {
     "uniform": ("uniform LoRA, plain PEFT under Trainer", "trainer", True),
     "uniform_trl": ("uniform LoRA, TRL as shipped", "trl_as_shipped", False),
     "uniform_trl_fast": ("uniform LoRA, TRL, checkpointing and bf16 off", "trl_fast", False),
-    "uniform_aletheia": ("uniform LoRA, our trainer", "aletheia", True),
+    TWIN: ("uniform LoRA, our trainer", "aletheia", True),
 }
 """Title and trainer of the ways to train all layers, and whether they take all steps."""
-TWIN = "uniform_aletheia"
-"""Learns what ``uniform`` does, step by step: there is no need to keep and ask both."""
 
 
 def planned_arms(plan: Plan, options: CompareOptions) -> list[Arm]:

@@ -10,7 +10,7 @@ from typing import Any
 from ..data import TokenizedRows
 from ..environment import environment
 from ..planning import Plan
-from .arms import Arm, CompareOptions
+from .arms import TWIN, Arm, CompareOptions
 
 FORMAT = "aletheia-compare/1"
 
@@ -95,7 +95,7 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
     fastest = min(uniforms, key=lambda name: per_step[name])
     selected_seconds = per_step["selected"] * selected.steps + selected.probe_seconds
     matched = by_name.get("selected_time_matched")
-    ours = by_name.get("uniform_aletheia")
+    ours = by_name.get(TWIN)
     return {
         "speedup_ratio": per_step["uniform"] * uniform.steps / selected_seconds,
         "selection_ratio": per_step[fastest] * uniform.steps / selected_seconds,
