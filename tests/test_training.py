@@ -1,3 +1,5 @@
+import functools
+import importlib.util
 import json
 import warnings
 
@@ -7,6 +9,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from aletheia_lora.adapter import attach, dead_adapters
@@ -15,7 +18,9 @@ from aletheia_lora.data import collate, split, tokenize
 from aletheia_lora.errors import ConfigError, DataError, NonFiniteLossError, OutputError, PlanError
 from aletheia_lora.loss import labelled_loss
 from aletheia_lora.planning import Plan, plan
-from aletheia_lora.training.run import TrainOptions, train_adapter
+from aletheia_lora.training.compiled import _compiler_fails, check_compiles
+from aletheia_lora.training.rerank import ReRank
+from aletheia_lora.training.run import TrainOptions, check_liger, train_adapter
 from aletheia_lora.training.trainer import SFTTrainer
 from aletheia_lora.training.truncation import Truncation, backward_depth
 from families import build
@@ -63,10 +68,11 @@ def settings(tmp_path, **changes):
     return common
 
 
-def train_ours(tmp_path, rows, tokenizer, made, model=None, **changes):
+def train_ours(tmp_path, rows, tokenizer, made, model=None, compile_layers=False, callbacks=(), **changes):
     args = trl.SFTConfig(**settings(tmp_path, **{"gradient_checkpointing": False, "bf16": False, **changes}))
     model = build("llama") if model is None else model
-    trainer = SFTTrainer(model, plan=made, args=args, train_dataset=rows, processing_class=tokenizer)
+    given = {"train_dataset": rows, "processing_class": tokenizer, "callbacks": list(callbacks)}
+    trainer = SFTTrainer(model, plan=made, args=args, compile_layers=compile_layers, **given)
     trainer.train()
     return trainer
 
@@ -321,3 +327,109 @@ def test_a_dataset_with_labels_is_taken_as_it_is(tmp_path, rows, tokenizer):
     data = Dataset.from_dict({"input_ids": [list(r.input_ids) for r in rows], "labels": [list(r.labels) for r in rows]})
     trainer = SFTTrainer(build("llama"), args, plan=made, train_dataset=data, processing_class=tokenizer)
     assert len(trainer.train_dataset) == len(rows)
+
+
+# --- compiled layers --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs():
+    """Counts of what was compiled since the test began."""
+    torch.compiler.reset()
+    counters.clear()
+    yield counters
+    torch.compiler.reset()
+
+
+of_torch = pytest.mark.filterwarnings("ignore")
+"""torch warns of what it does itself when it compiles an autograd function."""
+
+
+@pytest.fixture
+def no_code_generator(monkeypatch):
+    """Graphs are found as always, then run as they are."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+@of_torch
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "bf16": True}])
+@pytest.mark.usefixtures("no_code_generator")
+def test_compiled_layers_train_as_they_are(tmp_path, rows, tokenizer, graphs, changes):
+    made = made_plan(rows, strategy="last", num_layers=2)
+    plain = train_ours(tmp_path, rows, tokenizer, made, **changes)
+    assert not graphs["stats"]["unique_graphs"]
+    trainer = train_ours(tmp_path, rows, tokenizer, made, compile_layers=True, **changes)
+    assert graphs["stats"]["unique_graphs"] > 0
+    assert logged(trainer) == pytest.approx(logged(plain), abs=2e-2 if "bf16" in changes else 2e-5)
+    assert (trainer.lowest_backward_layer, trainer.dead_adapters) == (2, [])
+    assert trainer.padding_record == plain.padding_record
+    assert all("forward" not in vars(layer) for layer in trainer.model.get_base_model().model.layers)
+
+
+@of_torch
+@pytest.mark.usefixtures("no_code_generator")
+def test_layers_alike_share_what_is_compiled(tmp_path, tokenized_rows, tokenizer, graphs, tiny_llama):
+    rows = tokenize(tokenized_rows(8, min_length=8, max_length=8, num_prompt_tokens=4), tokenizer)
+    counts = []
+    for num_layers in (4, 8):
+        torch.compiler.reset()
+        graphs.clear()
+        model = tiny_llama(num_layers=num_layers)
+        made = made_plan(rows, model, strategy="last", num_layers=num_layers // 2)
+        train_ours(tmp_path, rows, tokenizer, made, model, compile_layers=True, max_steps=2)
+        counts.append(graphs["stats"]["unique_graphs"])
+    assert 0 < counts[1] < counts[0] + 4  # attention splits each in two, so four layers more would be eight more
+
+
+@of_torch
+@pytest.mark.usefixtures("no_code_generator")
+def test_a_probe_between_steps_runs_on_layers_as_they_are(tmp_path, tokenized_rows, tokenizer):
+    rows = tokenize(tokenized_rows(16, min_length=8, max_length=8, num_prompt_tokens=4), tokenizer)
+    made = made_plan(rows, strategy="last", num_layers=2)
+    events = []
+    for compile_layers in (False, True):
+        rerank = ReRank(made, rows, every=2, change=False, tokenizer=tokenizer, say=lambda _line: None)
+        train_ours(tmp_path, rows, tokenizer, made, compile_layers=compile_layers, callbacks=[rerank])
+        events.append([score for event in rerank.record()["events"] for score in event["scores"]])
+    assert events[0] == pytest.approx(events[1], rel=1e-3)
+
+
+@of_torch
+@pytest.mark.slow
+def test_the_code_generator_of_torch_changes_nothing_either(tmp_path, rows, tokenizer, graphs):
+    try:
+        check_compiles("one process", torch.device("cpu"))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    made = made_plan(rows, strategy="last", num_layers=2)
+    plain = train_ours(tmp_path, rows, tokenizer, made)
+    trainer = train_ours(tmp_path, rows, tokenizer, made, compile_layers=True)
+    assert graphs["inductor"]
+    assert logged(trainer) == pytest.approx(logged(plain), abs=2e-5)
+
+
+def test_where_nothing_compiles_it_is_said_before_training(tmp_path, rows, tokenizer, monkeypatch):
+    def no_compiler(_function):
+        raise RuntimeError("no C++ compiler on the PATH")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    _compiler_fails.cache_clear()
+    model = build("llama")
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(ConfigError, match=r"does not work on cpu: no C\+\+ compiler on the PATH Install what it names"):
+        train_ours(tmp_path, rows, tokenizer, made_plan(rows), model, compile_layers=True)
+    _compiler_fails.cache_clear()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    with pytest.raises(ConfigError, match="the engine is FSDP2"):
+        check_compiles("FSDP2", torch.device("cpu"))
+
+
+def test_speed_ups_that_cannot_be_had_are_refused(tmp_path, rows, tokenizer, monkeypatch):
+    with pytest.raises(ConfigError, match="compile_layers compiles"):
+        TrainOptions(compile_layers=True, prefix_cache=True)
+    with pytest.raises(ConfigError, match="on the CPU"):
+        train_adapter(build("llama"), tokenizer, made_plan(rows), rows, tmp_path / "a", TrainOptions(liger=True))
+    assert not (tmp_path / "a").exists()
+    if importlib.util.find_spec("liger_kernel") is None:
+        with pytest.raises(ConfigError, match="pip install liger-kernel"):
+            check_liger(torch.device("cuda"))

@@ -54,6 +54,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "train": ("plan", "steps", "learning_rate"),
     "train_only": (
         "gradient_accumulation",
+        "compile_layers",
+        "liger",
         "prefix_cache_dir",
         "prefix_cache_dtype",
         "rerank_every",
@@ -129,6 +131,8 @@ class RunConfig(BaseModel):
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate, decaying linearly.")
     gradient_accumulation: int = Field(1, ge=1, description="Micro-batches in a step.")
     gradient_checkpointing: bool = Field(False, description="Less memory, more time; from the lowest layer up.")
+    compile_layers: bool = Field(False, description="Run each layer through torch.compile.")
+    liger: bool = Field(False, description="Norms and MLPs by Liger's kernels; on a GPU.")
     prefix_cache: bool = Field(False, description="Keep what the layers below the adapted ones compute; replay it.")
     prefix_cache_dir: Path | None = Field(None, description="Keep it in this folder for later runs.")
     prefix_cache_dtype: Literal["model", "bfloat16"] = Field("model", description="Keep it exactly, or in bfloat16.")

@@ -6,6 +6,7 @@ The folder appears whole, when training ended well, or not at all.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import transformers
 import trl
 from transformers import TrainerCallback
@@ -57,6 +59,10 @@ class TrainOptions:
     """Peak learning rate, decaying linearly to 0."""
     gradient_checkpointing: bool = False
     """Recompute activations from the lowest adapted layer up: less memory, more time."""
+    compile_layers: bool = False
+    """Run each layer through ``torch.compile``."""
+    liger: bool = False
+    """Run norms and MLPs by Liger's kernels: on a GPU, with ``liger-kernel`` installed."""
     prefix_cache: bool = False
     """Keep the output of the layers below the lowest adapted one, and replay it in later epochs."""
     prefix_cache_dir: Path | None = None
@@ -92,6 +98,10 @@ class TrainOptions:
             raise ConfigError(
                 "a run that goes on from a checkpoint fills the prefix cache anew, from other batches, and so ends "
                 "equal to rounding only. Leave out checkpoint_every or prefix_cache."
+            )
+        if self.compile_layers and self.prefix_cache:
+            raise ConfigError(
+                "prefix_cache takes the place of layers that compile_layers compiles. Leave out one of them."
             )
         if self.rerank_every is None and self.rerank_change:
             raise ConfigError("rerank_change was given without rerank_every. Say after how many steps to probe again.")
@@ -145,9 +155,11 @@ def train_adapter(
             found out before training.
         PlanError: If a prefix cache is wanted, but the plan adapts layer 0.
         DataError: If there are fewer rows than a batch of all processes.
-        ConfigError, ProcessError: As :class:`SFTTrainer`.
+        ConfigError, ProcessError: As :class:`SFTTrainer`; and if Liger's kernels are wanted where they cannot run.
         NonFiniteLossError: If a loss is NaN or infinite; nothing is written then.
     """
+    if options.liger:
+        check_liger(input_device(model))
     on_main(lambda: check_output(output), "looking at the output folder")
     if options.prefix_cache:
         check_lowest(plan.selection.lowest)
@@ -166,6 +178,7 @@ def train_adapter(
                 plan=plan,
                 train_dataset=rows,
                 processing_class=tokenizer,
+                compile_layers=options.compile_layers,
                 prefix_cache=_prefix_cache(options, say),
                 callbacks=[*filter(None, (rerank, checkpoints))],
             )
@@ -197,6 +210,8 @@ def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTC
         lr_scheduler_type="linear",
         gradient_checkpointing=options.gradient_checkpointing,
         bf16=False,
+        use_liger_kernel=options.liger,
+        liger_kernel_config={"rope": False} if options.liger else None,  # rotations are replaced for every model
         max_length=None,
         logging_steps=1,
         save_strategy="no" if options.checkpoint_every is None else "steps",
@@ -206,6 +221,18 @@ def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTC
         seed=options.seed,
         use_cpu=use_cpu,
     )
+
+
+def check_liger(device: torch.device) -> None:
+    """Check that Liger's kernels can run: they are written in Triton, for GPUs.
+
+    Raises:
+        ConfigError: For a model on a CPU, or where they are not installed.
+    """
+    if device.type == "cpu":
+        raise ConfigError("liger runs on a GPU, and the model is on the CPU. Leave it out.")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError("liger needs the package liger-kernel. Install it: pip install liger-kernel.")
 
 
 def _prefix_cache(options: TrainOptions, say: Callable[[str], None]) -> PrefixCacheOptions | None:

@@ -25,6 +25,7 @@ from ..placement import input_device
 from ..planning import Plan
 from ..processes import check_same, digest, gather, is_main, on_any
 from ..quantized import check_gradients_pass, gradients_kept, trainable_format
+from .compiled import CompiledLayers, check_compiles
 from .engine import check_engine, engine_of, in_forward_of, local, sharded_loading
 from .prefix_cache import PrefixCache, PrefixCacheOptions, check_lowest
 from .prefix_forecast import expected_lines
@@ -64,6 +65,7 @@ class SFTTrainer(trl.SFTTrainer):
         processing_class: Any = None,
         completion_only: bool = True,
         fast_adapters: bool = True,
+        compile_layers: bool = False,
         prefix_cache: PrefixCacheOptions | None = None,
         **trl_arguments: Any,
     ) -> None:
@@ -78,6 +80,7 @@ class SFTTrainer(trl.SFTTrainer):
             processing_class: The tokenizer; found beside the model if left out.
             completion_only: Put the loss on completions and assistant turns only.
             fast_adapters: Run adapters by :class:`~aletheia_lora.fast_lora.FastLora` while training.
+            compile_layers: Run each layer through ``torch.compile`` while training.
             prefix_cache: Keep what the layers below the lowest adapted one compute, and replay it in later epochs;
                 ``prefix_cache_record`` says afterwards what that did.
             **trl_arguments: Everything else that ``trl.SFTTrainer`` takes.
@@ -125,11 +128,13 @@ class SFTTrainer(trl.SFTTrainer):
                 )
             check_census(self.model, plan.ranks, plan.options.adapter_options)
             self.engine = engine_of(self.accelerator, self.model)
+            if compile_layers:
+                check_compiles(self.engine.name, input_device(self.model))
         except BaseException:
             if not already_attached:
                 _give_back(model, originals, flags)
             raise
-        self._shortcuts = _Shortcuts(self, fast_adapters)
+        self._shortcuts = _Shortcuts(self, fast_adapters, compile_layers)
         self.add_callback(self._shortcuts)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -221,9 +226,9 @@ class SFTTrainer(trl.SFTTrainer):
 class _Shortcuts(TrainerCallback):
     """Cut the graph and speed the adapters up while training runs; late, since trainers add hooks of their own."""
 
-    def __init__(self, trainer: SFTTrainer, fast_adapters: bool) -> None:
-        self.trainer, self.fast_adapters = trainer, fast_adapters
-        self.installed: list[Truncation | FastLora | Unpadded | PrefixCache] = []
+    def __init__(self, trainer: SFTTrainer, fast_adapters: bool, compile_layers: bool) -> None:
+        self.trainer, self.fast_adapters, self.compile_layers = trainer, fast_adapters, compile_layers
+        self.installed: list[Truncation | FastLora | CompiledLayers | Unpadded | PrefixCache] = []
         self.unpadded: Unpadded | None = None
         self.reentrant = False
 
@@ -264,7 +269,7 @@ class _Shortcuts(TrainerCallback):
     def _prefix_cache(self, args: Any, state: Any, options: PrefixCacheOptions) -> PrefixCache:
         """Open it, with a forecast of what this run will keep."""
         trainer = self.trainer
-        several = trainer.engine.name != "one process" or args.torch_compile
+        several = trainer.engine.name != "one process" or args.torch_compile or self.compile_layers
         evaluates = args.eval_strategy != "no" or args.eval_on_start
         with trainer.accelerator.autocast():
             return PrefixCache(
@@ -288,11 +293,14 @@ class _Shortcuts(TrainerCallback):
             fast = FastLora(self.trainer.model)
             self.installed.append(fast)
             self.trainer.slow_adapters = dict(fast.skipped)
+        if self.compile_layers:
+            self.installed.append(CompiledLayers(base_model))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While open, the model runs without cut and fast adapters; afterwards with those of its layers by then."""
-        for shortcut in [entry for entry in self.installed if isinstance(entry, Truncation | FastLora)]:
+        """While open, the model runs without cut and speed-ups; afterwards with those of its layers by then."""
+        own = Truncation | FastLora | CompiledLayers
+        for shortcut in [entry for entry in self.installed if isinstance(entry, own)]:
             shortcut.remove()
             self.installed.remove(shortcut)
         try:

@@ -165,6 +165,7 @@ def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # how many rows there are differs by batch
 def _row_by_row(
     module: nn.Module,
     query: Tensor,
