@@ -158,8 +158,6 @@ def train_adapter(
         ConfigError, ProcessError: As :class:`SFTTrainer`; and if Liger's kernels are wanted where they cannot run.
         NonFiniteLossError: If a loss is NaN or infinite; nothing is written then.
     """
-    if options.liger:
-        check_liger(input_device(model))
     on_main(lambda: check_output(output), "looking at the output folder")
     if options.prefix_cache:
         check_lowest(plan.selection.lowest)
@@ -169,7 +167,7 @@ def train_adapter(
     if len(rows) < needed:
         raise DataError(f"{len(rows)} rows are fewer than a batch of {needed}. Add rows or lower batch_size.")
     with random_state_kept(), _place(checkpoints) as folder:
-        args = _arguments(options, folder, use_cpu=input_device(model).type == "cpu")
+        args = _arguments(options, folder, input_device(model))
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             trainer = SFTTrainer(
@@ -200,7 +198,9 @@ def train_adapter(
                 parameter.requires_grad_(flag)
 
 
-def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTConfig:
+def _arguments(options: TrainOptions, folder: str, device: torch.device) -> trl.SFTConfig:
+    if options.liger:
+        check_liger(device)
     return trl.SFTConfig(
         output_dir=folder,
         max_steps=options.steps,
@@ -219,7 +219,7 @@ def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTC
         report_to=[],
         disable_tqdm=True,
         seed=options.seed,
-        use_cpu=use_cpu,
+        use_cpu=device.type == "cpu",
     )
 
 

@@ -49,6 +49,10 @@ class SFTTrainer(trl.SFTTrainer):
 
     model: Any
     args: Any
+    plan: Plan
+    lowest_layer: int
+    lowest_backward_layer: int | None
+    dead_adapters: list[str] | None
     engine_limits: dict[str, str]
     slow_adapters: dict[str, str]
     padding_record: dict[str, Any] | None
@@ -104,13 +108,9 @@ class SFTTrainer(trl.SFTTrainer):
             for rows in (train_dataset, eval_dataset)
         )
         check_same(lambda: _held(model, plan, train_dataset), "Start every process from one plan, model and data.")
-        self.plan = plan
-        self.lowest_layer = plan.selection.lowest
-        self.lowest_backward_layer: int | None = None
-        self.dead_adapters: list[str] | None = []
-        self.engine_limits, self.slow_adapters = {}, {}
-        self.padding_record = self.prefix_cache_record = None
-        self.prefix_cache = prefix_cache
+        self.plan, self.lowest_layer, self.prefix_cache = plan, plan.selection.lowest, prefix_cache
+        self.engine_limits, self.slow_adapters, self.dead_adapters = {}, {}, []
+        self.lowest_backward_layer = self.padding_record = self.prefix_cache_record = None
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         already_attached = isinstance(model, PeftModel)
         originals = [(weight, weight.detach().clone()) for weight in weights_of(model, plan.rewritten_modules)]
