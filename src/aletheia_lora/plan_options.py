@@ -32,7 +32,7 @@ class PlanOptions:
     """Number of layers to choose; overrides ``percent`` and caps ``budget``."""
     mass: float = 0.8
     """Share of the total score to hold, for ``mass``."""
-    time_budget: float = 0.7
+    time_budget: float = 0.8
     """Predicted step time allowed, as a share of uniform LoRA's, for ``budget``; 1 leaves memory to decide."""
     memory_budget: int | str | None = None
     """Predicted memory allowed at the highest point of a step, for ``budget``: bytes, or text such as ``24GiB``."""

@@ -104,7 +104,7 @@ class RunConfig(BaseModel):
     probe_mode: Literal["auto", "exact", "gram"] = Field("auto", description="How gradient norms are found.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     strategy: str = Field("budget", description="What chooses the layers.")
-    time_budget: float = Field(0.7, gt=0, le=1, description="Step time allowed, as a share of uniform LoRA's.")
+    time_budget: float = Field(0.8, gt=0, le=1, description="Step time allowed, as a share of uniform LoRA's.")
     memory_budget: str | None = Field(None, description="Memory allowed in a step, e.g. 24GiB.")
     tflops: float | None = Field(None, gt=0, description="10^12 operations a second, for --dry-run; else measured.")
     calibrate: bool = Field(False, description="Choose by what the probe timed on this machine, not by counts.")

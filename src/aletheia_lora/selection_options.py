@@ -23,7 +23,7 @@ class SelectionOptions:
     """Layers to choose, as a count. Overrides ``percent``; for ``budget`` it is an upper bound."""
     mass: float = 0.8
     """Share of the total score that ``mass`` keeps, 0 to 1."""
-    time_budget: float = 0.7
+    time_budget: float = 0.8
     """Predicted step time that ``budget`` may use, as a share of uniform LoRA's."""
     rank: int = 16
     """Rank that predictions assume, of uniform LoRA and, unless ``ranks`` is given, of the choice."""
