@@ -19,14 +19,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"strategy": "all", "allocation": "uniform"},
     "paper": {"strategy": "top_percent", "percent": 50, "allocation": "asymmetric"},
     "last": {"strategy": "last", "percent": 50, "allocation": "uniform"},
-    "budget_85": {"strategy": "budget", "time_budget": 0.85, "allocation": "matched"},
+    "budget_80": {"strategy": "budget", "time_budget": 0.8, "allocation": "matched"},
     "budget_70": {"strategy": "budget", "time_budget": 0.7, "allocation": "matched"},
     "budget_50": {"strategy": "budget", "time_budget": 0.5, "allocation": "matched"},
     "budget_quarter": {"strategy": "budget", "time_budget": 0.6, "allocation": "matched"},
     "random": {"strategy": "random", "allocation": "matched"},
 }
 """The options of each plan; what depends on the model is set in :func:`method_plan`."""
-NEED_PROBE = ("paper", "budget_85", "budget_70", "budget_50", "budget_quarter")
+NEED_PROBE = ("paper", "budget_80", "budget_70", "budget_50", "budget_quarter")
 """Methods that cannot choose without scores, and therefore pay for the probe."""
 
 

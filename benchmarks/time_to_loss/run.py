@@ -54,7 +54,7 @@ METHODS = {
     "paper": Method("paper's half", "paper", "paper"),
     "last": Method("last half", "last", "last"),
     "random": Method("random, as many layers and weights as ours", "random", "random"),
-    "budget_85": Method("ours, budget 0.85", "budget_85", "budget_85"),
+    "budget_80": Method("ours, budget 0.8", "budget_80", "budget_80"),
     "budget": Method("ours, budget 0.7", "budget_70", "budget"),
     "budget_cached": Method("ours, budget 0.7, prefix cache", "budget_70", "budget", cached=True),
 }
