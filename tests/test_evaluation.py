@@ -19,7 +19,7 @@ from aletheia_lora.evaluation.adapters import labels, weights_digest, with_adapt
 from aletheia_lora.evaluation.evaluate import EvaluationOptions, evaluate, prepare
 from aletheia_lora.evaluation.items import ItemResult, read_items, write_items
 from aletheia_lora.evaluation.sandbox import Verdict
-from aletheia_lora.evaluation.tasks import documents, load_tasks, quiet
+from aletheia_lora.evaluation.tasks import _definition, documents, load_tasks, quiet
 from evaluation_inputs import TEMPLATE, byte_model, byte_tokenizer, write_rows
 
 TASKS = ("gsm8k", "humaneval", "mmlu_anatomy", "wikitext")
@@ -448,6 +448,12 @@ def test_a_program_never_runs_in_the_harness(prepared):
     task = prepared.loaded.tasks["humaneval"]
     with pytest.raises(ConfigError, match="outside the sandbox"):
         task.process_results(task.eval_docs[0], [["def double(x): return 4"]])
+
+
+def test_what_a_task_says_is_the_same_in_every_process(prepared):
+    said = {name: "\n".join(map(str, _definition(task).values())) for name, task in prepared.loaded.tasks.items()}
+    assert "<function build_predictions>" in said["humaneval"]  # by name: where it lies differs by process
+    assert not any(" at 0x" in text for text in said.values())
 
 
 def test_a_missing_chat_template_is_said_and_a_given_one_is_used(rows, tmp_path):

@@ -26,6 +26,7 @@ FOLDERS = ("gsm8k", "humaneval", "mbpp", "mmlu/default", "wikitext")
 """Where the harness keeps the tasks that are asked for most: reading its whole list takes long."""
 SPLITS = {"train": "train", "test": "test", "dev": "dev", "val": "validation", "valid": "validation"}
 SPLITS |= {"validation": "validation"}
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 FIRST_HEADING = re.compile(r" ?= (?!=).*(?<!=) = ?")
 MEANS = {"mean"}
 PERPLEXITIES = {"word_perplexity": "num_words", "byte_perplexity": "num_bytes", "bits_per_byte": "num_bytes"}
@@ -152,8 +153,9 @@ def _check_metrics(name: str, task: Any) -> None:
 
 
 def _definition(task: Any) -> dict[str, Any]:
-    """What the task's file says, functions by name; where its rows lie is not a part of it."""
-    return {"version": task.VERSION, **{key: str(value) for key, value in task.dump_config().items()}}
+    """What the task's file says, functions by name; where its rows and its functions lie is not a part of it."""
+    said = {key: ADDRESS.sub("", str(value)) for key, value in task.dump_config().items()}
+    return {"version": task.VERSION, **said}
 
 
 def _fingerprint(task: Any) -> str:
