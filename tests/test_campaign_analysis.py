@@ -8,7 +8,7 @@ from scipy import stats
 
 from aletheia_lora.campaign.pairing import role_of
 from aletheia_lora.campaign.records import CellFolder
-from aletheia_lora.campaign.report import campaign_record, tables
+from aletheia_lora.campaign.report import campaign_record, tables, unsure_rates
 from aletheia_lora.campaign.spec import cells
 from aletheia_lora.statistics import holm
 from campaign_results import SCORES, campaign, method, named, result, spec
@@ -423,3 +423,25 @@ def test_scores_of_runs_that_did_not_end_well_are_in_no_mean(tmp_path):
         ("gradient_norm", score, 1) for score in SCORES
     ]
     assert {row["score"] for row in tables(tmp_path)["usefulness"]} == {"gradient_norm"}
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------
+
+
+def tried(method, **losses):
+    names = {"model": "small", "task": "maths", "method": method}
+    return [{**names, "learning_rate": float(rate[1:]), "validation_loss": loss} for rate, loss in losses.items()]
+
+
+def test_a_rate_at_the_end_of_its_grid_or_hardly_better_than_another_is_said():
+    inside = tried("paper", _1=2.0, _2=1.5, _4=1.8)
+    assert unsure_rates(inside, 0.1) == []
+    low, near = tried("low", _1=1.0, _2=1.3, _4=None), tried("near", _1=2.0, _2=1.0, _4=1.05)
+    said = unsure_rates([*inside, *low, *near], 0.1)
+    assert said == [
+        "small, maths: the lowest rate of the grid, 1, was the best, and one beyond it may be better (low).",
+        "small, maths: the best two rates of the grid differ by less than 0.1 nats, and chance may have chosen (near).",
+    ]
+    at_the_end = unsure_rates(tried("high", _1=2.0, _2=1.99), 0.1)
+    assert [line.rpartition(" ")[2] for line in at_the_end] == ["(high).", "(high)."]  # for both reasons
+    assert unsure_rates(tried("alone", _1=2.0), 0.1) == []  # no grid, no choice

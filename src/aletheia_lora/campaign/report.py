@@ -120,6 +120,7 @@ def campaign_record(folder: Path) -> dict[str, Any]:
         "num_done": sum(run["state"] == "done" for run in runs),
         "evaluated": any(one.kind == "evaluation" for one in found),
         "missing": _missing([*compared, *changed]),
+        "unsure_rates": unsure_rates(made["grid"], float(spec["margins"]["heldout_loss"])),
         "tables": made,
     }
 
@@ -175,6 +176,32 @@ def means(runs: Sequence[Row], keys: Sequence[str], numbers: Sequence[str]) -> l
 def _grid(one: Outcome) -> Row:
     rate, loss = one.content["learning_rate"], one.result.get("validation_loss")
     return {**_names(one), "learning_rate": rate, "state": one.state, "validation_loss": loss, "reason": one.reason}
+
+
+def unsure_rates(grid: Sequence[Row], margin: float) -> list[str]:
+    """Why the learning rates that were taken may not be the best ones, one line a task and reason.
+
+    Args:
+        grid: Rows of the table ``grid``.
+        margin: A difference of held-out loss that counts as none, in nats per token.
+    """
+    losses: dict[tuple[str, str, str], dict[float, float]] = {}
+    for row in grid:
+        if row["validation_loss"] is not None:
+            losses.setdefault((row["model"], row["task"], row["method"]), {})[row["learning_rate"]] = row[
+                "validation_loss"
+            ]
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for (model, task, method), tried in losses.items():
+        best, *others = sorted(tried, key=lambda rate: (tried[rate], rate))
+        if others and best in (min(tried), max(tried)):
+            end = "lowest" if best == min(tried) else "highest"
+            reason = f"the {end} rate of the grid, {best:g}, was the best, and one beyond it may be better"
+            reasons.setdefault((model, task, reason), []).append(method)
+        if others and tried[others[0]] - tried[best] < margin:
+            reason = f"the best two rates of the grid differ by less than {margin:g} nats, and chance may have chosen"
+            reasons.setdefault((model, task, reason), []).append(method)
+    return [f"{model}, {task}: {reason} ({', '.join(methods)})." for (model, task, reason), methods in reasons.items()]
 
 
 def _times(one: Outcome) -> Row:
@@ -250,6 +277,8 @@ def _text(record: Mapping[str, Any], texts: Texts) -> str:
     lines += ["Equal: two one-sided tests at 5 % place the difference inside the margin."]
     lines += ["Bootstrap intervals of fewer than about 30 groups are too narrow: read the t intervals (low, high)."]
     lines += ["Equal time: as many steps as fit in uniform LoRA's, by counting operations, the probe not paid.", ""]
+    for reason in record["unsure_rates"]:
+        lines += [f"Learning rates of {markdown_text(visible(reason))}", ""]
     if not record["evaluated"]:
         lines += ["No benchmark was evaluated: the campaign has no evaluation.", ""]
     for name, caption in CAPTIONS.items():

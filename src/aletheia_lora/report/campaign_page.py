@@ -243,5 +243,6 @@ def _limits(record: Record) -> list[str]:
         "Times hold for these devices, models and rows of these lengths.",
         "Held-out loss says how well an adapter predicts text like the training data, and nothing about tasks.",
         "Each method trained at the best of the learning rates of the grid; rates that were not tried are not known.",
+        *(f"Learning rates of {visible(reason)}" for reason in record["unsure_rates"]),
     ]
     return told
