@@ -9,7 +9,7 @@ import pytest
 
 from aletheia_lora.campaign.report import campaign_record, csv_text, report_text, shown, tables, write_report
 from aletheia_lora.report.campaign_page import campaign_finding, render_campaign
-from aletheia_lora.report.campaign_plots import campaign_titles
+from aletheia_lora.report.campaign_plots import _benchmarks_title, campaign_titles
 from aletheia_lora.report.latex import escaped, latex
 from aletheia_lora.report.words import visible
 from campaign_results import benchmark, campaign, evaluated, method, named, result, spec
@@ -195,6 +195,17 @@ def test_titles_say_the_finding(folder):
     assert titles["families"] == "paper against uniform LoRA by model family: type-a 1.67x, type-b 1.67x"
     assert re.match(r"paper against 3 controls at equal steps: \d better", titles["controls"])
     assert titles["scores"] == "The upper half of the layers holds 70 % of the score"
+
+
+def test_benchmarks_asked_at_equal_time_alone_are_the_ones_the_title_is_about():
+    row = {"measure": "gsm8k", "unit": "points", "method": "paper", "against": "uniform", "match": "time"}
+    row |= {"mean": 1.0, "verdict": "not known"}
+    record = {
+        "match": ["steps", "time"],
+        "methods": [{"name": "uniform", "role": "uniform"}, {"name": "paper", "role": "selected"}],
+        "tables": {"comparisons": [row]},
+    }
+    assert _benchmarks_title(record, ["gsm8k"]) == "paper against uniform LoRA on 1 benchmark: 1 not known"
 
 
 def test_a_campaign_of_nothing_has_a_report(tmp_path):

@@ -5,6 +5,7 @@ Comes in: the dict that ``aletheia_lora.campaign.report`` makes from the records
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -223,8 +224,8 @@ def plot_benchmarks(record: Record, measures: Sequence[str]) -> bytes:
 
 
 def _benchmarks_title(record: Record, measures: Sequence[str]) -> str:
-    for method in chosen_methods(record):
-        rows = find(record["tables"]["comparisons"], method=method, against="uniform", match=record["match"][0])
+    for match, method in itertools.product(record["match"], chosen_methods(record)):
+        rows = find(record["tables"]["comparisons"], method=method, against="uniform", match=match)
         own = [row for row in rows if row["measure"] in measures]
         if own:
             return f"{visible(method)} against uniform LoRA on {counted(len(own), 'benchmark')}: {tally(own)}"
