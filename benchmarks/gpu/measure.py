@@ -161,7 +161,13 @@ def choices(record, model, data, rows, mode):
     num_layers = record["num_layers"]
     half = num_layers // 2
     options = PlanOptions(
-        num_layers=half, batch_size=rows, rank=RANK, probe_batches=PROBE_ROWS, probe_mode=mode, seed=SEED
+        num_layers=half,
+        time_budget=0.7,
+        batch_size=rows,
+        rank=RANK,
+        probe_batches=PROBE_ROWS,
+        probe_mode=mode,
+        seed=SEED,
     )
     # Adapters are timed for the predictions; choices are made by counts all the same.
     found, probed = probe_rows(model, data, dataclasses.replace(options, calibrate=True))

@@ -55,7 +55,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "train_only": (
         "gradient_accumulation",
         "compile_layers",
-        "liger",
         "prefix_cache_dir",
         "prefix_cache_dtype",
         "rerank_every",
@@ -132,7 +131,6 @@ class RunConfig(BaseModel):
     gradient_accumulation: int = Field(1, ge=1, description="Micro-batches in a step.")
     gradient_checkpointing: bool = Field(False, description="Less memory, more time; from the lowest layer up.")
     compile_layers: bool = Field(False, description="Run each layer through torch.compile.")
-    liger: bool = Field(False, description="Norms and MLPs by Liger's kernels; on a GPU.")
     prefix_cache: bool = Field(False, description="Keep what the layers below the adapted ones compute; replay it.")
     prefix_cache_dir: Path | None = Field(None, description="Keep it in this folder for later runs.")
     prefix_cache_dtype: Literal["model", "bfloat16"] = Field("model", description="Keep it exactly, or in bfloat16.")

@@ -204,7 +204,7 @@ def budget(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
 def budget_spread(scores: Mapping[int, float], options: SelectionOptions) -> list[int]:
     """As ``spread``, from the lowest layer up that the budgets afford; ``options.percent`` of the layers above it.
 
-    Ours, and tried: it learned less than all layers from a higher one up (docs/findings.md).
+    Ours, and tried: not shown to learn more than what it was compared with (docs/findings.md).
 
     Raises:
         ValueError: If there is no cost model.

@@ -13,6 +13,12 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..layers import layer_blocks
+from ..placement import input_device
+from ..processes import world_size
+
+CHECKPOINTED = "checkpointing runs the layers as they are. Leave out one of the two."
+RECOMPILE_LIMIT = 64
+"""Kinds of layers and batches that are compiled before torch gives up on one; its own limit is 8."""
 
 
 class CompiledLayers:
@@ -24,6 +30,8 @@ class CompiledLayers:
         Args:
             base_model: The model inside PEFT's wrapper.
         """
+        settings = torch._dynamo.config
+        self._limit, settings.recompile_limit = settings.recompile_limit, max(settings.recompile_limit, RECOMPILE_LIMIT)
         blocks = [block for layer in layer_blocks(base_model) for block in layer]
         self._own = [(block, vars(block).get("forward")) for block in blocks]
         for block in blocks:
@@ -32,25 +40,30 @@ class CompiledLayers:
     def remove(self) -> None:
         """Run the layers as before."""
         for block, own in self._own:
-            del block.forward
+            vars(block).pop("forward", None)
             if own is not None:
                 block.forward = own
         self._own = []
+        torch._dynamo.config.recompile_limit = self._limit
 
 
-def check_compiles(engine: str, device: torch.device) -> None:
-    """Check that layers can be compiled here, before anything is trained.
+def check_compiles(model: nn.Module, *, checkpointing: bool = False) -> None:
+    """Check that the layers of a model can be compiled here, before anything is attached to it.
 
     Args:
-        engine: Who runs the steps: the name of an :class:`~aletheia_lora.training.engine.Engine`.
-        device: Where the model is.
+        model: The model, adapted or not.
+        checkpointing: True if training will checkpoint activations.
 
     Raises:
-        ConfigError: Under an engine that hooks into the layers, or where something compiled does not run: with the
-            compiler's own reason, such as a missing C++ compiler or Triton.
+        ConfigError: With activation checkpointing, in several processes or on several devices, which hook into the
+            layers, and where something compiled does not run: with the compiler's own reason, such as a missing C++
+            compiler or Triton.
     """
-    if engine not in ("one process", "DDP"):
-        raise ConfigError(f"compile_layers is for one process or DDP, but the engine is {engine}. Leave it out.")
+    if checkpointing:
+        raise ConfigError(f"compile_layers: {CHECKPOINTED}")
+    if world_size() > 1 or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ConfigError("compile_layers is for one process and one device. Leave it out.")
+    device = input_device(model)
     reason = _compiler_fails(device)
     if reason is not None:
         raise ConfigError(

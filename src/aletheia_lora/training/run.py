@@ -6,7 +6,6 @@ The folder appears whole, when training ended well, or not at all.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import transformers
 import trl
 from transformers import TrainerCallback
@@ -34,6 +32,7 @@ from ..placement import input_device
 from ..planning import Plan
 from ..processes import digest, on_main, together, world_size
 from .checkpoint import Checkpoints
+from .compiled import CHECKPOINTED, check_compiles
 from .engine import whole_adapters
 from .model_card import model_card
 from .prefix_cache import DTYPE_NAMES, PrefixCacheOptions, check_lowest
@@ -61,8 +60,6 @@ class TrainOptions:
     """Recompute activations from the lowest adapted layer up: less memory, more time."""
     compile_layers: bool = False
     """Run each layer through ``torch.compile``."""
-    liger: bool = False
-    """Run norms and MLPs by Liger's kernels: on a GPU, with ``liger-kernel`` installed."""
     prefix_cache: bool = False
     """Keep the output of the layers below the lowest adapted one, and replay it in later epochs."""
     prefix_cache_dir: Path | None = None
@@ -103,6 +100,8 @@ class TrainOptions:
             raise ConfigError(
                 "prefix_cache takes the place of layers that compile_layers compiles. Leave out one of them."
             )
+        if self.compile_layers and self.gradient_checkpointing:
+            raise ConfigError(f"compile_layers: {CHECKPOINTED}")
         if self.rerank_every is None and self.rerank_change:
             raise ConfigError("rerank_change was given without rerank_every. Say after how many steps to probe again.")
         if self.rerank_every is not None and self.prefix_cache:
@@ -155,19 +154,17 @@ def train_adapter(
             found out before training.
         PlanError: If a prefix cache is wanted, but the plan adapts layer 0.
         DataError: If there are fewer rows than a batch of all processes.
-        ConfigError, ProcessError: As :class:`SFTTrainer`; and if Liger's kernels are wanted where they cannot run.
+        ConfigError, ProcessError: As :class:`SFTTrainer`.
         NonFiniteLossError: If a loss is NaN or infinite; nothing is written then.
     """
-    on_main(lambda: check_output(output), "looking at the output folder")
-    if options.prefix_cache:
-        check_lowest(plan.selection.lowest)
+    _check(model, plan, output, options)
     rerank = _rerank(plan, options, probe_rows, tokenizer, say)
     checkpoints = _checkpoints(model, plan, rows, output, options, say)
     needed = options.batch_size * world_size()
     if len(rows) < needed:
         raise DataError(f"{len(rows)} rows are fewer than a batch of {needed}. Add rows or lower batch_size.")
     with random_state_kept(), _place(checkpoints) as folder:
-        args = _arguments(options, folder, input_device(model))
+        args = _arguments(options, folder, use_cpu=input_device(model).type == "cpu")
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             trainer = SFTTrainer(
@@ -198,9 +195,16 @@ def train_adapter(
                 parameter.requires_grad_(flag)
 
 
-def _arguments(options: TrainOptions, folder: str, device: torch.device) -> trl.SFTConfig:
-    if options.liger:
-        check_liger(device)
+def _check(model: Any, plan: Plan, output: Path, options: TrainOptions) -> None:
+    """Everything that can be found out before anything is made."""
+    on_main(lambda: check_output(output), "looking at the output folder")
+    if options.prefix_cache:
+        check_lowest(plan.selection.lowest)
+    if options.compile_layers:
+        check_compiles(model)
+
+
+def _arguments(options: TrainOptions, folder: str, *, use_cpu: bool) -> trl.SFTConfig:
     return trl.SFTConfig(
         output_dir=folder,
         max_steps=options.steps,
@@ -210,8 +214,6 @@ def _arguments(options: TrainOptions, folder: str, device: torch.device) -> trl.
         lr_scheduler_type="linear",
         gradient_checkpointing=options.gradient_checkpointing,
         bf16=False,
-        use_liger_kernel=options.liger,
-        liger_kernel_config={"rope": False} if options.liger else None,  # rotations are replaced for every model
         max_length=None,
         logging_steps=1,
         save_strategy="no" if options.checkpoint_every is None else "steps",
@@ -219,20 +221,8 @@ def _arguments(options: TrainOptions, folder: str, device: torch.device) -> trl.
         report_to=[],
         disable_tqdm=True,
         seed=options.seed,
-        use_cpu=device.type == "cpu",
+        use_cpu=use_cpu,
     )
-
-
-def check_liger(device: torch.device) -> None:
-    """Check that Liger's kernels can run: they are written in Triton, for GPUs.
-
-    Raises:
-        ConfigError: For a model on a CPU, or where they are not installed.
-    """
-    if device.type == "cpu":
-        raise ConfigError("liger runs on a GPU, and the model is on the CPU. Leave it out.")
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise ConfigError("liger needs the package liger-kernel. Install it: pip install liger-kernel.")
 
 
 def _prefix_cache(options: TrainOptions, say: Callable[[str], None]) -> PrefixCacheOptions | None:

@@ -99,6 +99,8 @@ class SFTTrainer(trl.SFTTrainer):
             check_lowest(plan.selection.lowest)
         args = trl.SFTConfig(use_cpu=input_device(model).type == "cpu") if args is None else args
         check_engine(args, model)
+        if compile_layers:
+            check_compiles(model, checkpointing=args.gradient_checkpointing)
         if "peft_config" in trl_arguments:
             raise PlanError("peft_config was given beside a plan. Leave it out: the plan says what to adapt.")
         if processing_class is None:
@@ -128,8 +130,6 @@ class SFTTrainer(trl.SFTTrainer):
                 )
             check_census(self.model, plan.ranks, plan.options.adapter_options)
             self.engine = engine_of(self.accelerator, self.model)
-            if compile_layers:
-                check_compiles(self.engine.name, input_device(self.model))
         except BaseException:
             if not already_attached:
                 _give_back(model, originals, flags)
