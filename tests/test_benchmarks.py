@@ -47,6 +47,17 @@ def test_readme_and_findings_show_what_the_committed_records_say():
         assert " ".join(shown.split()) in text
 
 
+def test_the_findings_hold_every_difference_from_uniform_lora_at_its_better_rate(capsys):
+    script("campaign_smollm2/rates.py").main()
+    text = (BENCHMARKS.parent / "docs" / "findings.md").read_text(encoding="utf-8")
+    told = {line.split(" | ")[0].strip("| ").partition(",")[0]: line for line in text.splitlines() if " to +" in line}
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.count(" to ") == 2]
+    assert len(printed) == 13  # ten methods on two tasks, three on the third
+    for line in printed:
+        method, *intervals = line.strip("| ").split(" | ")
+        assert all(interval in told[method] for interval in intervals), line
+
+
 def test_the_committed_comparison_agrees_with_itself():
     record = json.loads((BENCHMARKS / "step_time" / "compare.json").read_text())
     check_record(record)
