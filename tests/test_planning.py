@@ -367,6 +367,9 @@ def test_a_plan_without_a_probe_or_with_one_batch_still_prints(measured):
     model, found, result = measured
     made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy="last"), model=model)
     assert "probe:" in str(made)
+    without = replace(made, probe=None)
+    assert "probe:" not in str(without) and "layers 2-3" in str(without)
+    assert Plan.from_dict(without.to_dict()).probe is None
 
 
 def test_a_plan_says_what_was_not_shown_of_scores(measured):
@@ -374,6 +377,3 @@ def test_a_plan_says_what_was_not_shown_of_scores(measured):
     for strategy, said in (("budget", True), ("top_percent", True), ("stride", False), ("last", False)):
         made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy=strategy), model=model)
         assert ("as many random ones has not been shown" in str(made)) is said
-    without = replace(made, probe=None)
-    assert "probe:" not in str(without) and "layers 2-3" in str(without)
-    assert Plan.from_dict(without.to_dict()).probe is None
