@@ -81,15 +81,15 @@ class MemoryModel:
             all_logits: Logits of all tokens at once.
         """
         kept = range(lowest, self.num_layers)
+        head = self.logits_all_tokens if all_logits else self.logits
+        # Head and loss are over before a layer's backward begins: the larger of the two peaks counts.
         if checkpointing:
             highest = max(rank.values()) if isinstance(rank, Mapping) else rank
             one = max(self._activations(layer, highest) for layer in kept)
-            saved = self.hidden * len(kept) + one
+            step = self.hidden * len(kept) + max(head, one + self.working)
         else:
-            saved = sum(self.layers[layer].saved for layer in kept)
-        head = self.logits_all_tokens if all_logits else self.logits
-        # Head and loss are over before a layer's backward begins: the larger of the two peaks counts.
-        return self.weights + saved + max(head, self.working) + (self.hidden if prefix_cached else 0)
+            step = sum(self.layers[layer].saved for layer in kept) + max(head, self.working)
+        return self.weights + step + (self.hidden if prefix_cached else 0)
 
     def adapters(self, layers: Iterable[int], *, rank: Ranks = 16, checkpointing: bool = False) -> int:
         """Bytes that the adapters of these layers add: weights, gradients, moments, and what they keep for backward.
