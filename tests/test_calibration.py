@@ -10,9 +10,13 @@ from torch import nn
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.calibration import RANKS, calibrated_cost, measured_rate, timed_adapters
 from aletheia_lora.cost import StepShape, cost_model
-from aletheia_lora.probe import probe
+from aletheia_lora.data import tokenize
+from aletheia_lora.plan_options import PlanOptions
+from aletheia_lora.probe import probe, timed_step
 from aletheia_lora.probe_result import AdapterTiming, ProbeResult, StepTiming
+from aletheia_lora.probing import probe_rows, training_batch
 from families import CONFIGS, build, random_batches
+from tiny_inputs import word_rows, word_tokenizer
 
 SHAPE = StepShape(num_tokens=96, num_labelled_tokens=40, sequence_length=24)
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -82,6 +86,47 @@ def test_a_probe_tells_where_its_time_went_on_every_family(family):
     assert calibrated_cost(anatomy(model), SHAPE, timing).uniform() > 0
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_batch_of_training_is_timed_on_every_family(family):
+    model = build(family).train()
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    timing = timed_step(model, random_batches(1, rows=3, length=10)[0])
+    assert timing is not None and set(zip(timing.num_rows, timing.lengths, strict=True)) == {(3, 10)}
+    assert all(min(*forward, *backward) > 0 for forward, backward in zip(timing.forward, timing.backward, strict=True))
+    assert calibrated_cost(anatomy(model), SHAPE, timing).uniform() > 0
+    assert model.training and flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_batch_that_cannot_be_timed_leaves_the_probe_and_the_model_as_they_are(monkeypatch):
+    model, batch = build("llama"), random_batches(1)[0]
+    assert timed_step(model, {**batch, "labels": torch.full_like(batch["labels"], -100)}) is None
+
+    def too_large(model, batch):
+        raise torch.OutOfMemoryError("no room for a batch")
+
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    assert timed_step(model, batch, loss_fn=too_large) is None
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    monkeypatch.setattr("aletheia_lora.probing.timed_step", lambda *_: None)
+    rows = tokenize(word_rows(8), word_tokenizer())
+    _, measured = probe_rows(model, rows, PlanOptions(probe_batches=2, batch_size=4))
+    assert measured.timing.num_rows == (1, 1)
+
+
+def test_a_plan_times_a_batch_as_training_will_see_it(monkeypatch):
+    rows = tokenize(word_rows(8), word_tokenizer())
+    options = PlanOptions(probe_batches=2, batch_size=4)
+    _, measured = probe_rows(build("llama"), rows, options)
+    assert set(measured.timing.num_rows) == {4} and measured.timing.adapters == ()
+    _, measured = probe_rows(build("llama"), rows, PlanOptions(probe_batches=2, batch_size=99, calibrate=True))
+    assert set(measured.timing.num_rows) == {8} and measured.timing.adapters
+    longest = max(len(row.input_ids) for row in rows)
+    monkeypatch.setattr("aletheia_lora.probing.TIMED_TOKENS", 2 * longest)
+    assert 2 <= len(training_batch(rows, options, 0)["input_ids"]) < 4
+
+
 def test_what_the_norms_take_is_not_counted_as_backward(monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr("aletheia_lora.stopwatch.time.perf_counter", lambda: float(next(clock)))
@@ -102,6 +147,8 @@ def test_a_record_with_timing_survives_json_and_one_without_still_loads():
     again = ProbeResult.from_dict(record)
     assert (again.timing, again.row_lengths) == (full.timing, (3, 4))
     assert StepTiming.from_dict(asdict(full.timing)) == full.timing
+    older = {**record, "timing": {**record["timing"], "batching": 0.8}}
+    assert ProbeResult.from_dict(older).timing == full.timing
     del record["timing"], record["row_lengths"]
     old = ProbeResult.from_dict(record)
     assert old.timing is None and old.row_lengths == ()
@@ -121,7 +168,7 @@ def test_adapters_are_timed_through_the_factory_and_random_state_stays():
     shapes = {(32, 32), (32, 16), (32, 64), (64, 32)}
     assert set(asked) == {(*shape, rank) for shape in shapes for rank in (None, *RANKS)}
     assert {(entry.in_features, entry.out_features) for entry in timing.adapters} == shapes
-    assert timing.adapter_tokens == 96 and 0 < timing.batching <= 1
+    assert timing.adapter_tokens == 96
 
 
 def test_real_adapters_take_time():

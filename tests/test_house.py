@@ -57,6 +57,7 @@ ROOMS = (
     "config",
     "prediction",
     "plan_options",
+    "probing",
     "planning",
     "outlook",
     "training",

@@ -154,8 +154,9 @@ def choices(record, model, data, rows, mode):
     from aletheia_lora.allocation import allocate
     from aletheia_lora.errors import AletheiaError
     from aletheia_lora.plan_options import PlanOptions
-    from aletheia_lora.planning import plan_from_probe, probe_rows
+    from aletheia_lora.planning import plan_from_probe
     from aletheia_lora.prediction import probe_cost
+    from aletheia_lora.probing import probe_rows
     from aletheia_lora.selection import select_layers
 
     num_layers = record["num_layers"]

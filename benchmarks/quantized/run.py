@@ -65,7 +65,8 @@ def measure(name: str, rows: Any, tokenizer: Any, reference: dict[int, float] | 
 
     from aletheia_lora.memory import stored_bytes
     from aletheia_lora.plan_options import PlanOptions
-    from aletheia_lora.planning import plan_from_probe, probe_rows
+    from aletheia_lora.planning import plan_from_probe
+    from aletheia_lora.probing import probe_rows
 
     model = load(name)
     options = PlanOptions(probe_batches=NUM_ROWS, strategy="top_percent", rank=8, batch_size=2, seed=SEED)

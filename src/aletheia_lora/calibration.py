@@ -109,22 +109,13 @@ def timed_adapters(
         ends = time.perf_counter() + seconds
         while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.perf_counter() < ends):
             rounds.append(_round(everything, tokens))
-        batching = 1.0
-        probe_tokens = max(
-            int(median(rows * length for rows, length in zip(timing.num_rows, timing.lengths, strict=True))), 1
-        )
-        if tokens == num_tokens and probe_tokens < tokens:
-            frozen = [group[0] for group in benches.values()]
-            small = median(sum(_round(frozen, probe_tokens)) for _ in range(MIN_ROUNDS)) / probe_tokens
-            large = median(sum(row[:: len(RANKS) + 1]) for row in rounds) / tokens
-            batching = min(large / small, 1.0)
     adapters = []
     for index, (in_features, out_features) in enumerate(shapes):
         start = index * (len(RANKS) + 1)
         low, high = (median(row[start + 1 + k] - row[start] for row in rounds) * num_tokens / tokens for k in range(2))
         per_rank = max((high - low) / (RANKS[1] - RANKS[0]), 0.0)
         adapters.append(AdapterTiming(in_features, out_features, max(low - per_rank * RANKS[0], 0.0), per_rank))
-    return replace(timing, adapters=tuple(adapters), adapter_tokens=num_tokens, batching=batching)
+    return replace(timing, adapters=tuple(adapters), adapter_tokens=num_tokens)
 
 
 def calibrated_cost(
@@ -170,8 +161,8 @@ def calibrated_cost(
             timing.backward[b][layer] / batches[b].backward[layer] for b in used for layer in members
         )
         for layer_idx in members:
-            forward[layer_idx] = forward_rate * target.forward[layer_idx] * timing.batching
-            backward[layer_idx] = backward_rate * target.backward[layer_idx] * timing.batching
+            forward[layer_idx] = forward_rate * target.forward[layer_idx]
+            backward[layer_idx] = backward_rate * target.backward[layer_idx]
     outside = median(timing.outside[b] / batches[b].head for b in used)
     counted = median(seconds / operations for seconds, operations in zip(forward, target.forward, strict=True))
     fixed, per_rank = _adapter_seconds(

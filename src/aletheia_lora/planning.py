@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,34 +10,22 @@ from typing import Any
 
 import numpy as np
 from peft import LoraConfig, PeftConfig
-from torch import Tensor
 
 from .adapter import lora_config, peft_config
 from .adapter_options import AdapterOptions
 from .allocation import AllocationOptions, ModuleRank, allocate, mean_ranks, ranks_by_count, trainable_params
 from .anatomy import ModelAnatomy, anatomy
-from .calibration import timed_adapters
-from .data import TokenizedRows, batches, tokenize
+from .data import TokenizedRows
 from .errors import PlanError, nearest
 from .files import write_json
-from .layers import embedding_of
 from .memory import parse_bytes
 from .methods import method_of, with_params
 from .padding import foreseen_padding
-from .placement import input_device
 from .plan_options import PlanOptions
-from .prediction import (
-    Prediction,
-    batch_shape,
-    length_profile,
-    predict,
-    prediction_from_dict,
-    probe_cost,
-    probe_memory,
-)
-from .probe import probe
+from .prediction import Prediction, batch_shape, predict, prediction_from_dict, probe_cost, probe_memory
 from .probe_result import ProbeResult
-from .processes import on_main, together
+from .probing import probe_rows
+from .processes import on_main
 from .scores import layer_scores
 from .selection import BUDGETED, NOT_SHOWN, SCORED, LayerSelection, ParetoPoint, nothing_fits, pareto, select
 from .selection_options import SelectionOptions
@@ -314,69 +301,6 @@ def plan(
     chosen = PlanOptions(**options)
     found, measured = probe_rows(model, rows, chosen, tokenizer=tokenizer, max_length=max_length, progress=progress)
     return on_main(lambda: plan_from_probe(found, measured, chosen, model=model), "planning")
-
-
-def probe_rows(
-    model: Any,
-    rows: TokenizedRows | Sequence[Mapping[str, Any]] | Any,
-    options: PlanOptions,
-    *,
-    tokenizer: Any = None,
-    max_length: int = 1024,
-    progress: bool = False,
-    row_lengths: Sequence[int] | None = None,
-) -> tuple[ModelAnatomy, ProbeResult]:
-    """The part of planning that needs the model and data: its anatomy, and a probe on rows drawn by the seed.
-
-    With ``options.calibrate`` adapters are timed, too. ``row_lengths`` are the tokens of the rows that training will
-    see; those of ``rows`` if left out. In a ``torch.distributed`` group every process calls this and gets one result.
-
-    Raises:
-        DataError: If the rows cannot be tokenized.
-        ProbeError: If the probe cannot be trusted.
-        ProcessError: If the processes of a group hold different models or rows.
-    """
-
-    def read() -> TokenizedRows:
-        return rows if isinstance(rows, TokenizedRows) else tokenize(rows, tokenizer, max_length=max_length)
-
-    def prepare() -> tuple[ModelAnatomy, list[dict[str, Tensor]]]:
-        return anatomy(model), probe_batches(tokenized, options, getattr(tokenizer, "pad_token_id", None) or 0)
-
-    tokenized = together(read, "reading the rows")
-    started = time.perf_counter()
-    found, drawn = together(prepare, "looking at the model")
-    measured = probe(
-        model,
-        drawn,
-        mode=options.probe_mode,
-        **options.probe_extras,
-        anatomy_=found,
-        progress=progress,
-    )
-
-    def finish() -> ProbeResult:
-        lengths = [len(row.input_ids) for row in tokenized] if row_lengths is None else row_lengths
-        complete = replace(measured, row_lengths=length_profile(lengths))
-        if options.calibrate and complete.timing is not None:
-            num_tokens = batch_shape(complete, options.batch_size).step.num_tokens
-            device, dtype = input_device(model), embedding_of(model).weight.dtype
-            timing = timed_adapters(found, complete.timing, num_tokens, device=device, dtype=dtype)
-            complete = replace(complete, timing=timing)
-        return replace(complete, seconds=time.perf_counter() - started)
-
-    return found, on_main(finish, "timing adapters")
-
-
-def probe_batches(rows: TokenizedRows, options: PlanOptions, pad_token_id: int) -> list[dict[str, Tensor]]:
-    """The batches that the probe reads: rows drawn by the seed, the same every time.
-
-    Raises:
-        DataError: If there are no rows.
-    """
-    order = np.random.default_rng(options.seed).permutation(len(rows))
-    sample = [rows[int(index)] for index in order[: options.probe_batches * options.probe_batch_size]]
-    return list(batches(sample, max(min(options.probe_batch_size, len(sample)), 1), pad_token_id))
 
 
 def plan_from_probe(found: ModelAnatomy, measured: ProbeResult, options: PlanOptions, *, model: Any = None) -> Plan:

@@ -21,16 +21,17 @@ from .anatomy import ModelAnatomy, anatomy
 from .data import as_batches
 from .errors import ProbeError
 from .gradient_watch import GradientWatch, measured_by_autograd
-from .layers import layer_blocks
+from .layers import embedding_of, layer_blocks
 from .loss import labelled_loss, num_labelled
 from .placement import check_placement, in_memory, input_device
-from .probe_result import Mode, ProbeResult, merged
+from .probe_result import Mode, ProbeResult, StepTiming, merged
 from .processes import check_same, digest, gather, is_main, is_sharded, rank, together, world_size
 from .quantized import check_gradients_pass, gradients_kept
 from .routing import Routing
 from .stopwatch import Stopwatch
 
 LossFunction = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+TIMED_RUNS = 3
 
 
 def gradient_probe(
@@ -162,6 +163,49 @@ def probe(
     parts, sums, sketches = zip(*gather(measure, "probing"), strict=True)
     result = _with_descents(merged(parts), sums) if descent else merged(parts)
     return _with_kernels(result, sketches) if kernels else result
+
+
+def timed_step(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    loss_fn: LossFunction = labelled_loss,
+    seconds: float = 1.0,
+) -> StepTiming | None:
+    """Where the time of forward and backward on a batch as training sees it goes; no weight gets a gradient.
+
+    The batch runs until ``seconds`` are over, at most :data:`TIMED_RUNS` times. The model is left as found.
+
+    Args:
+        model: Causal language model.
+        batch: ``input_ids``, ``attention_mask`` and ``labels`` of shape (batch, T).
+        loss_fn: As for :func:`probe`.
+        seconds: About how long this may take, once the batch ran.
+
+    Returns:
+        The seconds of each run, or None where they cannot be told: without a label, where no gradient leads from the
+        loss to the embedding, or where a whole batch does not fit into memory.
+    """
+    if not num_labelled(batch):
+        return None
+    target = input_device(model)
+    on_device = {key: value.to(target) for key, value in batch.items()}
+    with _left_as_found(model), contextlib.ExitStack() as hooks:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        hooks.callback(embedding_of(model).register_forward_hook(_begins_a_graph).remove)
+        hooks.callback((clock := Stopwatch(model, target)).close)
+        ends = time.perf_counter() + seconds
+        try:
+            while len(clock.batches) < TIMED_RUNS and (not clock.batches or time.perf_counter() < ends):
+                _run(model, on_device, 0, loss_fn, clock)
+        except (ProbeError, RuntimeError):  # the probe's own, much smaller batches have to do
+            return None
+        return clock.timing()
+
+
+def _begins_a_graph(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_(True).clone()  # a copy, for models that scale it in place
 
 
 def _with_descents(result: ProbeResult, sums: Sequence[Mapping[str, Tensor]]) -> ProbeResult:

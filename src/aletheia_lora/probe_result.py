@@ -94,7 +94,7 @@ class AdapterTiming:
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """Where the time of each probe batch went, without the measuring of norms."""
+    """Where the time of each batch went: of batches as training sees them, or of the probe's, without its norms."""
 
     device: str
     """Device type, e.g. ``cpu``."""
@@ -116,8 +116,6 @@ class StepTiming:
     """Tokens that ``adapters`` were measured for."""
     num_first: int = 1
     """How many batches, from the start, were the first of their process, and so warmed caches up."""
-    batching: float = 1.0
-    """Seconds of a token in a training batch over those in a probe batch; below 1 where small batches idle."""
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> StepTiming:
@@ -126,6 +124,7 @@ class StepTiming:
         for key in ("forward", "backward"):
             fields[key] = tuple(tuple(batch) for batch in record[key])
         fields["adapters"] = tuple(AdapterTiming(**entry) for entry in record["adapters"])
+        fields.pop("batching", None)  # of records from before a batch of training was timed
         return cls(**fields)
 
 

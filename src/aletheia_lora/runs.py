@@ -32,7 +32,8 @@ from .memory import device_memory, parse_bytes
 from .methods import METHODS
 from .outlook import OutlookOptions, auto_class, model_from_config, outlook, outlook_text
 from .plan_options import PlanOptions
-from .planning import Plan, plan_from_probe, probe_rows
+from .planning import Plan, plan_from_probe
+from .probing import probe_rows
 from .processes import on_main, together, world_size
 from .quantized import plain_tensors, quantization_config
 from .report.page import finding, write_page

@@ -35,9 +35,10 @@ from ..evaluation.adapters import adapter_digest
 from ..files import whole_folder, write_json
 from ..loss import heldout_loss
 from ..plan_options import PlanOptions
-from ..planning import Plan, plan_from_probe, probe_rows
+from ..planning import Plan, plan_from_probe
 from ..prediction import probe_cost
 from ..probe_result import ProbeResult
+from ..probing import probe_rows
 from ..processes import on_main, world_size
 from ..rows import load_rows
 from ..runs import EMBEDDED, Say

@@ -22,8 +22,9 @@ from ..allocation import ModuleRank
 from ..data import TokenizedRows, tokenize
 from ..errors import PlanError
 from ..methods import method_of
-from ..planning import LayerChange, Plan, plan_from_probe, probe_batches
+from ..planning import LayerChange, Plan, plan_from_probe
 from ..probe import probe
+from ..probing import probe_batches
 from ..processes import is_sharded
 from ..scores import layer_scores
 
