@@ -118,7 +118,7 @@ def predictions(model, rows, run_on, longest):
     from aletheia_lora.cost import StepShape, cost_model
     from aletheia_lora.memory import memory_model
     from aletheia_lora.plan_options import PlanOptions
-    from aletheia_lora.planning import probe_rows
+    from aletheia_lora.probing import probe_rows
 
     found, measured = probe_rows(model, rows, PlanOptions(**SETTINGS))
     shapes = [
@@ -145,8 +145,26 @@ def predictions(model, rows, run_on, longest):
     return found, made, measured.seconds
 
 
+def alive_bytes(arm, batch):
+    """Highest bytes of tensors that are alive at a time in a step, above those of the loaded model."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        arm.step(batch)
+    changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = highest = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        highest = max(highest, alive)
+    trained = sum(parameter.numel() for parameter in arm.model.parameters() if parameter.requires_grad)
+    return highest + 12 * trained  # themselves and their moments were there before, in float32
+
+
 def peak_bytes(index, device):
-    """Highest memory of three steps of one choice on its longest batch, above that of the loaded model alone."""
+    """Highest bytes of tensors, and highest memory of the process, in steps of one choice on its longest batch.
+
+    Both above those of the loaded model alone; on a GPU both are the tensors'.
+    """
     import torch
 
     from aletheia_lora.anatomy import anatomy
@@ -167,7 +185,11 @@ def peak_bytes(index, device):
         Path("/proc/self/clear_refs").write_text("5")
     for _ in range(3):  # the optimizer's moments appear with the first
         arm.step(longest)
-    return (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+    if cuda:
+        tensors = torch.cuda.max_memory_allocated() - before
+        return {"alive": tensors, "resident": tensors}
+    highest = resident("VmHWM") - before
+    return {"alive": alive_bytes(arm, longest), "resident": highest}
 
 
 def measure(arguments):
@@ -212,11 +234,11 @@ def measure(arguments):
 def show(folder):
     """The table and the errors, from the records alone; the lowest says how much too low a prediction was at worst."""
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    errors = {"seconds": [], "calibrated ratio": [], "counted ratio": [], "bytes": []}
+    errors = {"seconds": [], "calibrated ratio": [], "counted ratio": [], "bytes": [], "resident bytes": []}
     # Means over the same batches; the yardstick is uniform LoRA of the first choice.
     base = records[0]
-    print("| choice | rank | checkpointing | s, predicted | s, measured | MiB, predicted | MiB, measured |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| choice | rank | checkpointing | s, predicted | measured | MiB, predicted | alive | resident |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for record in records:
         predicted, measured = record["predicted"], statistics.mean(record["step_seconds"])
         ratio = measured / statistics.mean(base["step_seconds"])
@@ -225,8 +247,9 @@ def show(folder):
             errors[name].append(predicted[key] / base["predicted"][key] / ratio - 1)
         peak = record["peak_bytes"]
         if peak is not None:
-            errors["bytes"].append(predicted["bytes"] / peak - 1)
-        shown = "failed" if peak is None else f"{peak / 2**20:.0f}"
+            errors["bytes"].append(predicted["bytes"] / peak["alive"] - 1)
+            errors["resident bytes"].append(predicted["bytes"] / peak["resident"] - 1)
+        shown = "failed | " if peak is None else f"{peak['alive'] / 2**20:.0f} | {peak['resident'] / 2**20:.0f}"
         print(
             f"| {record['name']} | {record['rank']} | {'on' if record['checkpointing'] else 'off'} "
             f"| {predicted['seconds']:.3f} | {measured:.3f} | {predicted['bytes'] / 2**20:.0f} | {shown} |"
@@ -251,7 +274,7 @@ def main():
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak is not None:
-        print(peak_bytes(arguments.peak, arguments.device))
+        print(json.dumps(peak_bytes(arguments.peak, arguments.device)))
         return
     if not arguments.print:
         arguments.output.mkdir(parents=True, exist_ok=True)
