@@ -11,8 +11,9 @@ from aletheia_lora.anatomy import ModelAnatomy
 from aletheia_lora.data import TokenizedRows, tokenize
 from aletheia_lora.embedded import load_embedded_model
 from aletheia_lora.plan_options import PlanOptions
-from aletheia_lora.planning import Plan, plan_from_probe, probe_rows
+from aletheia_lora.planning import Plan, plan_from_probe
 from aletheia_lora.probe_result import ProbeResult
+from aletheia_lora.probing import probe_rows
 from aletheia_lora.rows import load_rows
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -83,7 +84,7 @@ def method_plan(setup: Setup, name: str, found: ModelAnatomy, measured: ProbeRes
     if name == "budget_quarter":
         choice["num_layers"] = max(found.num_layers // 4, 1)
     if name == "random":  # as many layers as ours, and as many weights
-        choice["num_layers"] = len(method_plan(setup, "budget_70", found, measured, seed).selection.layers)
+        choice["num_layers"] = len(method_plan(setup, "budget_80", found, measured, seed).selection.layers)
     options = PlanOptions(
         batch_size=setup.batch_size,
         calibrate=setup.calibrate,

@@ -68,6 +68,7 @@ RIVALS = {
     "paper_ours": Rival("paper's half, our trainer", "paper", "aletheia"),
     "last_trainer": Rival("last half, Trainer", "last", "trainer"),
     "last_ours": Rival("last half, our trainer", "last", "aletheia"),
+    "budget_80": Rival("budget 0.8, our trainer", "budget_80", "aletheia"),
     "budget_70": Rival("budget 0.7, our trainer", "budget_70", "aletheia"),
     "budget_50": Rival("budget 0.5, our trainer", "budget_50", "aletheia"),
     "budget_quarter": Rival("budget, a quarter of the layers, our trainer", "budget_quarter", "aletheia"),

@@ -32,7 +32,7 @@ from aletheia_lora.training.interleave import Turn, take_turns
 
 HERE = Path(__file__).resolve().parent
 SPLIT_SEED, GRID_SEED = 0, 1000
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ METHODS = {
     "paper": Method("paper's half", "paper", "paper"),
     "last": Method("last half", "last", "last"),
     "random": Method("random, as many layers and weights as ours", "random", "random"),
-    "budget_80": Method("ours, budget 0.8", "budget_80", "budget_80"),
-    "budget": Method("ours, budget 0.7", "budget_70", "budget"),
-    "budget_cached": Method("ours, budget 0.7, prefix cache", "budget_70", "budget", cached=True),
+    "budget": Method("ours, budget 0.8", "budget_80", "budget"),
+    "budget_cached": Method("ours, budget 0.8, prefix cache", "budget_80", "budget", cached=True),
 }
 YARDSTICKS = ("uniform", "uniform_trainer")
 """Uniform LoRA through our trainer, and as it is run today; its losses are the same."""
@@ -67,7 +66,7 @@ class Settings:
     """What is fixed before running."""
 
     uniform_steps: int = 48
-    grid_steps: int = 16
+    grid_steps: int = 48
     """Steps of uniform LoRA in a run of the grid; other methods take as many as fit in their time."""
     every: int = 6
     """About so many steps between two looks at the held-out rows."""
