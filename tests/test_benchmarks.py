@@ -295,6 +295,17 @@ def test_costs_are_predicted_for_the_very_batches_that_are_run(monkeypatch):
     assert made[1]["seconds"] > made[0]["seconds"] > 0
 
 
+def test_the_profile_of_a_step_makes_the_table_of_its_readme():
+    module = script("step_time/profile_step.py")
+    folder = BENCHMARKS / "step_time"
+    shown = module.table(json.loads((folder / "profile.json").read_text()))
+    assert shown in (folder / "README.md").read_text()
+    shares = [float(cell.strip(" %")) for line in shown.splitlines()[2:] for cell in line.split("|")[2:-1]]
+    assert sum(shares) == pytest.approx(300, abs=2)
+    kinds = {name: module.kind_of(name) for name in ("aten::addmm_", "aten::add_", "aten::mm", "aten::_fused_adamw_")}
+    assert list(kinds.values()) == ["matrix products", "additions", "matrix products", "optimizer"]
+
+
 def test_the_lowest_error_of_bytes_is_shown(tmp_path, capsys):
     module = script("cost_model/run.py")
     choice = {"name": "all", "rank": 8, "checkpointing": False, "step_seconds": [2.0]}
