@@ -12,7 +12,8 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rivals
 from training_methods import embedded_setup, method_plan, probed
