@@ -122,6 +122,8 @@ def test_a_plan_times_a_batch_as_training_will_see_it(monkeypatch):
     assert set(measured.timing.num_rows) == {4} and measured.timing.adapters == ()
     _, measured = probe_rows(build("llama"), rows, PlanOptions(probe_batches=2, batch_size=99, calibrate=True))
     assert set(measured.timing.num_rows) == {8} and measured.timing.adapters
+    _, measured = probe_rows(build("llama"), rows, replace(options, memory_budget="1GiB"))
+    assert measured.timing.num_rows == (1, 1)  # a whole batch might not keep it
     longest = max(len(row.input_ids) for row in rows)
     monkeypatch.setattr("aletheia_lora.probing.TIMED_TOKENS", 2 * longest)
     assert 2 <= len(training_batch(rows, options, 0)["input_ids"]) < 4

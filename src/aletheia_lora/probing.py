@@ -40,9 +40,9 @@ def probe_rows(
 ) -> tuple[ModelAnatomy, ProbeResult]:
     """The part of planning that needs the model and data: its anatomy, and a probe on rows drawn by the seed.
 
-    A batch as training sees it is timed; with ``options.calibrate`` adapters, too. ``row_lengths`` are the tokens of
-    the rows that training will see; those of ``rows`` if left out. In a ``torch.distributed`` group every process calls
-    this and gets one result.
+    A batch as training sees it is timed, unless there is a memory budget, which it might not keep; with
+    ``options.calibrate`` adapters, too. ``row_lengths`` are the tokens of the rows that training will see; those of
+    ``rows`` if left out. In a ``torch.distributed`` group every process calls this and gets one result.
 
     Raises:
         DataError: If the rows cannot be tokenized.
@@ -72,8 +72,10 @@ def probe_rows(
     def finish() -> ProbeResult:
         lengths = [len(row.input_ids) for row in tokenized] if row_lengths is None else row_lengths
         complete = replace(measured, row_lengths=length_profile(lengths))
-        if complete.timing is not None:
-            timing = timed_step(model, training_batch(tokenized, options, pad)) or complete.timing
+        timing = complete.timing
+        if timing is not None:
+            if options.memory_budget is None:  # a whole batch might not keep it
+                timing = timed_step(model, training_batch(tokenized, options, pad)) or timing
             if options.calibrate:
                 num_tokens = batch_shape(complete, options.batch_size).step.num_tokens
                 device, dtype = input_device(model), embedding_of(model).weight.dtype
@@ -81,7 +83,7 @@ def probe_rows(
             complete = replace(complete, timing=timing)
         return replace(complete, seconds=time.perf_counter() - started)
 
-    return found, on_main(finish, "timing adapters")
+    return found, on_main(finish, "timing a step")
 
 
 def probe_batches(rows: TokenizedRows, options: PlanOptions, pad_token_id: int) -> list[dict[str, Tensor]]:
