@@ -106,7 +106,9 @@ def test_a_batch_that_cannot_be_timed_leaves_the_probe_and_the_model_as_they_are
         raise torch.OutOfMemoryError("no room for a batch")
 
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    assert timed_step(model, batch, loss_fn=too_large) is None
+    with pytest.warns(UserWarning, match="could not be timed.*no room for a batch"):
+        assert timed_step(model, batch, loss_fn=too_large) is None
+    assert timed_step(model, batch, loss_fn=lambda _model, _batch: torch.zeros(())) is None  # no gradient
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert all(parameter.requires_grad for parameter in model.parameters())
     monkeypatch.setattr("aletheia_lora.probing.timed_step", lambda *_: None)
@@ -122,8 +124,9 @@ def test_a_plan_times_a_batch_as_training_will_see_it(monkeypatch):
     assert set(measured.timing.num_rows) == {4} and measured.timing.adapters == ()
     _, measured = probe_rows(build("llama"), rows, PlanOptions(probe_batches=2, batch_size=99, calibrate=True))
     assert set(measured.timing.num_rows) == {8} and measured.timing.adapters
-    _, measured = probe_rows(build("llama"), rows, replace(options, memory_budget="1GiB"))
-    assert measured.timing.num_rows == (1, 1)  # a whole batch might not keep it
+    for short in ({"memory_budget": "1GiB"}, {"gradient_checkpointing": True}):  # a whole batch might not fit
+        _, measured = probe_rows(build("llama"), rows, replace(options, **short))
+        assert measured.timing.num_rows == (1, 1)
     longest = max(len(row.input_ids) for row in rows)
     monkeypatch.setattr("aletheia_lora.probing.TIMED_TOKENS", 2 * longest)
     assert 2 <= len(training_batch(rows, options, 0)["input_ids"]) < 4

@@ -26,7 +26,7 @@ from aletheia_lora.training.interleave import take_turns
 KINDS = {
     "matrix products": r"aten::(mm|addmm_?|bmm|baddbmm|linear|matmul)$",
     "attention": r"attention|sdp",
-    "softmax, head and loss": r"softmax|log|exp|amax|nll|cross_entropy|gather|scatter|sum",
+    "softmax and loss": r"softmax|log|exp|amax|nll|cross_entropy|gather|scatter|sum",
     "gates and norms": r"silu|sigmoid|rsqrt|pow|mean|mul|div|neg",
     "copies and casts": r"copy_|clone|contiguous|to\b|cat|fill_|zero_|empty|index",
     "additions": r"add",

@@ -1,8 +1,8 @@
 """Counts and what a probe timed -> a CostModel in seconds; and a machine's rate, where nothing was timed.
 
 Comes in: a :class:`ModelAnatomy`, the :class:`StepShape` of training, and a :class:`StepTiming`. Goes out: a
-:class:`CostModel`. Counting says how each part grows with tokens and sequence length; the probe says how many seconds
-an operation of that part takes here; adapters are timed on their own, on a batch of the training shape.
+:class:`CostModel`. Counting says how each part grows with tokens and sequence length; the timed batches say how many
+seconds an operation of that part takes here; adapters are timed on their own, on a batch of the training shape.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def timed_adapters(
 
     Args:
         anatomy: The model.
-        timing: What the probe measured.
+        timing: Where the time of the timed batches went.
         num_tokens: Tokens of a training batch.
         device: Where training runs.
         dtype: Of the activations.
@@ -121,7 +121,7 @@ def timed_adapters(
 def calibrated_cost(
     anatomy: ModelAnatomy, shape: StepShape, timing: StepTiming, *, targets: Sequence[str] | None = None
 ) -> CostModel:
-    """The cost of a training step in seconds, from what the probe's batches took.
+    """The cost of a training step in seconds, from what the timed batches took.
 
     For each layer, forward and backward by themselves: seconds per counted operation on each batch, the median over
     the batches (without the first of each process, where there are more) and over all layers of equal shapes, times
@@ -132,7 +132,7 @@ def calibrated_cost(
     Args:
         anatomy: The model.
         shape: Tokens of a training step.
-        timing: What the probe measured on this model.
+        timing: Where the time of the timed batches went, on this model.
         targets: As for :func:`~aletheia_lora.cost.cost_model`.
     """
     target = cost_model(anatomy, shape, targets=targets)

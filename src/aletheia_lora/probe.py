@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -184,7 +185,7 @@ def timed_step(
 
     Returns:
         The seconds of each run, or None where they cannot be told: without a label, where no gradient leads from the
-        loss to the embedding, or where a whole batch does not fit into memory.
+        loss to the embedding, or, with a warning, where a whole batch does not run (on a GPU it may not fit).
     """
     if not num_labelled(batch):
         return None
@@ -198,8 +199,21 @@ def timed_step(
         ends = time.perf_counter() + seconds
         try:
             while len(clock.batches) < TIMED_RUNS and (not clock.batches or time.perf_counter() < ends):
-                _run(model, on_device, 0, loss_fn, clock)
-        except (ProbeError, RuntimeError):  # the probe's own, much smaller batches have to do
+                with torch.enable_grad():
+                    clock.start()
+                    loss = loss_fn(model, on_device)
+                    if not loss.requires_grad:
+                        return None
+                    clock.turn()
+                    loss.backward()
+                    clock.stop(on_device)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(
+                f"a batch of {tuple(batch['input_ids'].shape)} tokens could not be timed, so predicted seconds stand "
+                f"on the probe's small ones and may be a third too high: {reason}",
+                stacklevel=2,
+            )
             return None
         return clock.timing()
 

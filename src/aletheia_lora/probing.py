@@ -40,9 +40,10 @@ def probe_rows(
 ) -> tuple[ModelAnatomy, ProbeResult]:
     """The part of planning that needs the model and data: its anatomy, and a probe on rows drawn by the seed.
 
-    A batch as training sees it is timed, unless there is a memory budget, which it might not keep; with
-    ``options.calibrate`` adapters, too. ``row_lengths`` are the tokens of the rows that training will see; those of
-    ``rows`` if left out. In a ``torch.distributed`` group every process calls this and gets one result.
+    A batch as training sees it is timed, unless memory is short by the options (a budget, checkpointing), so that it
+    might not fit; with ``options.calibrate`` adapters, too. ``row_lengths`` are the tokens of the rows that training
+    will see; those of ``rows`` if left out. In a ``torch.distributed`` group every process calls this and gets one
+    result.
 
     Raises:
         DataError: If the rows cannot be tokenized.
@@ -74,7 +75,7 @@ def probe_rows(
         complete = replace(measured, row_lengths=length_profile(lengths))
         timing = complete.timing
         if timing is not None:
-            if options.memory_budget is None:  # a whole batch might not keep it
+            if options.memory_budget is None and not options.gradient_checkpointing:  # a whole batch might not fit
                 timing = timed_step(model, training_batch(tokenized, options, pad)) or timing
             if options.calibrate:
                 num_tokens = batch_shape(complete, options.batch_size).step.num_tokens
