@@ -338,7 +338,7 @@ def test_training_needs_an_output_and_does_not_overwrite_one(error_of, nothing_i
     [
         ("doctor", "aletheia_lora.runs.anatomy"),
         ("probe", "aletheia_lora.runs.write_json"),
-        ("plan", "aletheia_lora.planning.probe"),
+        ("plan", "aletheia_lora.probing.probe"),
         ("train", "aletheia_lora.training.run.whole_folder"),
         ("train", "aletheia_lora.training.run.write_bytes"),  # the last file of the folder
         ("compare", "aletheia_lora.runs.compare"),
