@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .anatomy import ModelAnatomy, anatomy
 from .calibration import timed_adapters
-from .data import TokenizedRows, batches, tokenize
+from .data import TokenizedRow, TokenizedRows, batches, tokenize
 from .layers import embedding_of
 from .placement import input_device
 from .plan_options import PlanOptions
@@ -93,15 +93,19 @@ def probe_batches(rows: TokenizedRows, options: PlanOptions, pad_token_id: int) 
     Raises:
         DataError: If there are no rows.
     """
-    order = np.random.default_rng(options.seed).permutation(len(rows))
-    sample = [rows[int(index)] for index in order[: options.probe_batches * options.probe_batch_size]]
+    sample = _drawn(rows, options.seed, options.probe_batches * options.probe_batch_size)
     return list(batches(sample, max(min(options.probe_batch_size, len(sample)), 1), pad_token_id))
 
 
 def training_batch(rows: TokenizedRows, options: PlanOptions, pad_token_id: int) -> dict[str, Tensor]:
     """A batch as training will see it, to be timed; fewer rows where they have more than ``TIMED_TOKENS``."""
-    order = np.random.default_rng(options.seed).permutation(len(rows))
-    drawn = [rows[int(index)] for index in order[: options.batch_size]]
+    drawn = _drawn(rows, options.seed, options.batch_size)
     while len(drawn) > 1 and len(drawn) * max(len(row.input_ids) for row in drawn) > TIMED_TOKENS:
         drawn.pop()
     return next(iter(batches(drawn, len(drawn), pad_token_id)))
+
+
+def _drawn(rows: TokenizedRows, seed: int, count: int) -> list[TokenizedRow]:
+    """The first ``count`` rows of the seed's order."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[int(index)] for index in order[:count]]
