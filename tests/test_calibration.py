@@ -108,7 +108,8 @@ def test_a_batch_that_cannot_be_timed_leaves_the_probe_and_the_model_as_they_are
     hooks = [len(module._forward_hooks) for module in model.modules()]
     with pytest.warns(UserWarning, match="could not be timed.*no room for a batch"):
         assert timed_step(model, batch, loss_fn=too_large) is None
-    assert timed_step(model, batch, loss_fn=lambda _model, _batch: torch.zeros(())) is None  # no gradient
+    with pytest.warns(UserWarning, match="could not be timed.*does not require grad"):
+        assert timed_step(model, batch, loss_fn=lambda _model, _batch: torch.zeros(())) is None
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert all(parameter.requires_grad for parameter in model.parameters())
     monkeypatch.setattr("aletheia_lora.probing.timed_step", lambda *_: None)

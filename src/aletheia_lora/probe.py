@@ -184,8 +184,8 @@ def timed_step(
         seconds: About how long this may take, once the batch ran.
 
     Returns:
-        The seconds of each run, or None where they cannot be told: without a label, where no gradient leads from the
-        loss to the embedding, or, with a warning, where a whole batch does not run (on a GPU it may not fit).
+        The seconds of each run, or None where they cannot be told: without a label or, with a warning, where a whole
+        batch does not run (on a GPU it may not fit).
     """
     if not num_labelled(batch):
         return None
@@ -199,14 +199,7 @@ def timed_step(
         ends = time.perf_counter() + seconds
         try:
             while len(clock.batches) < TIMED_RUNS and (not clock.batches or time.perf_counter() < ends):
-                with torch.enable_grad():
-                    clock.start()
-                    loss = loss_fn(model, on_device)
-                    if not loss.requires_grad:
-                        return None
-                    clock.turn()
-                    loss.backward()
-                    clock.stop(on_device)
+                _forward_backward(model, on_device, loss_fn, clock)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             warnings.warn(
@@ -307,9 +300,8 @@ def _run(model: nn.Module, batch: Mapping[str, Tensor], index: int, loss_fn: Los
     """Forward and backward of one batch, timed; its loss. The graph is gone when this returns."""
     if not num_labelled(batch):
         raise ProbeError(f"batch {index} has no labelled token, so no gradient. Check the labels of its rows.")
-    with torch.enable_grad():
-        clock.start()
-        loss = loss_fn(model, batch)
+
+    def check(loss: Tensor) -> None:
         if not bool(torch.isfinite(loss)):
             layer = _first_bad_layer(model, batch, loss_fn)
             raise ProbeError(f"the loss is {float(loss.detach())} on batch {index}; {layer}. It is never made a score.")
@@ -318,6 +310,22 @@ def _run(model: nn.Module, batch: Mapping[str, Tensor], index: int, loss_fn: Los
                 f"no gradient leads from the loss on batch {index} to any layer: the layers of {type(model).__name__} "
                 "run outside autograd while their weights are frozen (reversible layers do), so LoRA cannot train it."
             )
+
+    return _forward_backward(model, batch, loss_fn, clock, check)
+
+
+def _forward_backward(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    loss_fn: LossFunction,
+    clock: Stopwatch,
+    check: Callable[[Tensor], None] = lambda loss: None,
+) -> float:
+    """Both passes of one batch on the clock, ``check`` between them; its loss."""
+    with torch.enable_grad():
+        clock.start()
+        loss = loss_fn(model, batch)
+        check(loss)
         clock.turn()
         loss.backward()
         clock.stop(batch)
