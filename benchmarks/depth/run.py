@@ -11,6 +11,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "src"))
 
 UNIFORM_STEPS, BATCH_SIZE, HELD_OUT, MAX_LENGTH, RATE = 30, 4, 48, 320, 2e-3
+EPOCH_STEPS = 15
+EPOCH_ROWS = EPOCH_STEPS * BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,15 @@ class Choice:
     cut: int = 0
     every: int = 1
     """Layers below ``cut`` are updated at every so-manieth step; the others stop backward at ``cut``."""
+    cached: bool = False
+    """Whether later epochs start from the hidden states that the first one kept."""
+    epochs: int = 0
+    """Of uniform LoRA over ``EPOCH_ROWS`` rows, in whose time this trains; 0: ``UNIFORM_STEPS`` on new rows."""
+
+    @property
+    def against(self) -> str:
+        """The choice that it is compared with."""
+        return f"uniform_{self.epochs}_epochs" if self.epochs else "uniform"
 
 
 CHOICES = {
@@ -34,6 +45,11 @@ CHOICES = {
     "every_second": Choice(tuple(range(1, 30, 2))),
     "all_early_every_4th": Choice(tuple(range(30)), cut=15, every=4),
     "last_20_early_every_4th": Choice(tuple(range(10, 30)), cut=20, every=4),
+    **{
+        f"{name}_{epochs}_epochs": Choice(tuple(range(lowest, 30)), cached=lowest > 0, epochs=epochs)
+        for epochs in (2, 4)
+        for name, lowest in (("uniform", 0), ("last_20_cached", 10), ("last_15_cached", 15))
+    },
 }
 
 
@@ -65,14 +81,17 @@ def main() -> None:
 
 def report(records: list[dict]) -> None:
     """The table, best first, as differences to uniform LoRA of the same seed."""
-    uniform = {record["seed"]: record["heldout_loss"] for record in records if record["choice"] == "uniform"}
+    losses = {(record["choice"], record["seed"]): record["heldout_loss"] for record in records}
     rows = []
     for name in dict.fromkeys(record["choice"] for record in records):
+        against = CHOICES[name].against
+        uniform = {seed: loss for (choice, seed), loss in losses.items() if choice == against}
         mine = [record for record in records if record["choice"] == name and record["seed"] in uniform]
         gains = [record["heldout_loss"] / uniform[record["seed"]] - 1 for record in mine]
-        rows.append((statistics.mean(gains), name, mine, gains))
+        if mine:
+            rows.append((statistics.mean(gains), name, mine, gains))
     print(f"{'choice':26s} {'rank':>4s} {'lowest':>6s} {'time share':>10s} {'steps':>5s}  held-out loss, by seed")
-    for _, name, mine, gains in sorted(rows, key=lambda row: row[0]):
+    for _, name, mine, gains in sorted(rows, key=lambda row: (CHOICES[row[1]].epochs, row[0])):
         first = mine[0]
         print(
             f"{name:26s} {first['rank']:4d} {first['lowest']:6d} {first['time_share']:10.2f} {first['steps']:5d}  "
@@ -131,12 +150,14 @@ class Bench:
 
         ranks = allocate(self.found, choice.layers, "matched", AllocationOptions(rank=16))
         rank = max(entry.rank for entry in ranks)
-        share = self.share(choice, rank)
-        steps = round(UNIFORM_STEPS / share)
+        share, steps = self.share(choice, rank), self.steps(choice, rank)
         adapted = attach(shared_copy(self.model), self.found, ranks, seed=seed)
         FastLora(adapted)
-        order = np.random.default_rng(seed).permutation(len(self.train))[: steps * BATCH_SIZE]
-        rows = [self.train[int(index)] for index in order]
+        draw = np.random.default_rng(seed)
+        order = draw.permutation(len(self.train))
+        if choice.epochs:
+            order = np.concatenate([draw.permutation(order[:EPOCH_ROWS]) for _ in range(-(-steps // EPOCH_STEPS))])
+        rows = [self.train[int(index)] for index in order[: steps * BATCH_SIZE]]
         weights = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
         layer_of = {entry.name: entry.layer_idx for entry in ranks}
         early = [p for n, p in weights.items() if _layer(n, layer_of) < choice.cut]
@@ -164,8 +185,17 @@ class Bench:
             "heldout_loss": heldout_loss(adapted, self.held_out),
         }
 
+    def steps(self, choice: Choice, rank: int) -> int:
+        """Steps that fit in uniform LoRA's predicted time; a cache is of use from the second epoch on."""
+        time = choice.epochs * EPOCH_STEPS or UNIFORM_STEPS
+        share = self.share(choice, rank)
+        if not choice.cached:
+            return round(time / share)
+        later = self.cost.share(choice.layers, rank=rank, prefix_cached=True)
+        return EPOCH_STEPS + round((time - EPOCH_STEPS * share) / later)
+
     def share(self, choice: Choice, rank: int) -> float:
-        """Predicted time of a step against uniform LoRA's, averaged over the schedule."""
+        """Predicted time of a step against uniform LoRA's, averaged over the schedule; in the first epoch if cached."""
         whole = self.cost.share(choice.layers, rank=rank)
         if choice.every == 1:
             return whole
