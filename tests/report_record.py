@@ -66,6 +66,18 @@ def make_arm(
     }
 
 
+def make_time_matched(every: list[int]) -> list[dict[str, Any]]:
+    """All and the chosen layers, as long as plain PEFT."""
+    (name, title), (all_name, all_title) = (
+        (f"{name}_time_matched", f"{title}, as long as plain PEFT")
+        for name, title in (("selected", "15 selected layers"), ("uniform_aletheia", "uniform LoRA, our trainer"))
+    )
+    return [
+        make_arm(all_name, all_title, "uniform", "aletheia", every, 1.12, steps=46, end=1.219),
+        make_arm(name, title, "selected", "aletheia", CHOSEN, 0.74, probe=PROBE_SECONDS, steps=60, end=1.215),
+    ]
+
+
 def make_record() -> dict[str, Any]:
     """A comparison as `aletheia compare` writes it, made up but consistent."""
     every, rng = list(range(NUM_LAYERS)), np.random.default_rng(0)
@@ -79,17 +91,7 @@ def make_record() -> dict[str, Any]:
             "selected", "15 selected layers", "selected", "aletheia", CHOSEN, 0.74, probe=PROBE_SECONDS, end=1.234
         ),
         make_arm("random", "15 layers, random", "control", "aletheia", drawn, 0.98, end=1.252),
-        make_arm(
-            "selected_time_matched",
-            "15 selected layers, as long as uniform",
-            "selected",
-            "aletheia",
-            CHOSEN,
-            0.74,
-            probe=PROBE_SECONDS,
-            steps=60,
-            end=1.215,
-        ),
+        *make_time_matched(every),
     ]
     shares = [(15 + lowest) / 30 for lowest in every]
     record = {
@@ -144,7 +146,7 @@ def make_record() -> dict[str, Any]:
 def make_summary(arms: list[dict[str, Any]]) -> dict[str, Any]:
     by_name = {arm["name"]: arm for arm in arms}
     uniform, selected, ours = by_name["uniform"], by_name["selected"], by_name["uniform_aletheia"]
-    matched = by_name["selected_time_matched"]
+    matched, all_layers = by_name["selected_time_matched"], by_name["uniform_aletheia_time_matched"]
     paid = selected["median_step_seconds"] * STEPS + PROBE_SECONDS
     shared = slice(1, min(len(ours["step_seconds"]), STEPS))  # two arms are compared over the steps that both took
     before = median(ours["step_seconds"][shared]) / median(selected["step_seconds"][shared])
@@ -160,6 +162,8 @@ def make_summary(arms: list[dict[str, Any]]) -> dict[str, Any]:
         "selected_heldout_loss": selected["final_heldout_loss"],
         "time_matched_heldout_loss": matched["final_heldout_loss"],
         "time_matched_steps": matched["steps"],
+        "time_matched_uniform_heldout_loss": all_layers["final_heldout_loss"],
+        "time_matched_uniform_steps": all_layers["steps"],
         "selected_layers": CHOSEN,
         "probe_seconds": PROBE_SECONDS,
     }

@@ -392,12 +392,29 @@ def test_the_time_matched_run_keeps_pace_with_uniform_and_decays_by_the_clock(ma
     assert matched["heldout"][-1]["step"] == matched["steps"]
     assert found["summary"]["time_matched_steps"] == matched["steps"]
     assert found["summary"]["time_matched_heldout_loss"] == matched["final_heldout_loss"]
+    all_layers = arms["uniform_aletheia_time_matched"]
+    assert all_layers["layers"] == uniform["layers"] and all_layers["trainer"] == matched["trainer"] == "aletheia"
+    assert abs(all_layers["total_seconds"] - uniform["total_seconds"]) < 2 * max(all_layers["step_seconds"])
+    assert found["summary"]["time_matched_uniform_steps"] == all_layers["steps"]
+    assert found["summary"]["time_matched_uniform_heldout_loss"] == all_layers["final_heldout_loss"]
     check_record(found)
 
 
-def test_the_time_matched_arm_is_left_out_on_request(record):
-    assert "selected_time_matched" not in by_name(record)
-    assert record["summary"]["time_matched_steps"] is None
+def test_time_matched_arms_are_left_out_on_request(record):
+    assert not any(name.endswith("time_matched") for name in by_name(record))
+    assert record["summary"]["time_matched_steps"] is record["summary"]["time_matched_uniform_steps"] is None
+
+
+def test_a_time_matched_run_that_failed_has_no_end_and_is_never_the_fastest_uniform_one(made):
+    arms = planned_arms(made, replace(OPTIONS, matched_time=True, controls=()))
+    for arm in arms:
+        arm.step_seconds = [1.0, 0.1 if arm.pace else 1.0]
+        arm.heldout = [{"step": 2, "seconds": 2.0, "loss": 1.0}]
+    arms[-1].failed = "out of memory"
+    summary = summarize(arms, made)
+    assert summary["time_matched_heldout_loss"] is summary["time_matched_steps"] is None
+    assert (summary["time_matched_uniform_heldout_loss"], summary["time_matched_uniform_steps"]) == (1.0, 2)
+    assert not summary["fastest_uniform"].endswith("time_matched")
 
 
 # --- the record -------------------------------------------------------------------------------------------------

@@ -143,7 +143,9 @@ class RunConfig(BaseModel):
     timed_steps: int = Field(8, ge=1, description="Steps of the runs for their time only: those under TRL.")
     evaluations: int = Field(4, ge=1, description="Held-out evaluations along a run.")
     controls: list[str] = Field([], description="Strategies to train beside the selection, e.g. random, last.")
-    matched_time: bool = Field(True, description="Also train the selection for as long as uniform took.")
+    matched_time: bool = Field(
+        True, description="Also train all and selected layers in our trainer for plain PEFT's time."
+    )
     eval: list[str] = Field([], description="Also ask base, uniform and selected these tasks, e.g. gsm8k,wikitext.")
     margin: float = Field(2.0, gt=0, description="Extra forgetting that would not matter, in points.")
     loss_margin: float = Field(0.02, gt=0, description="The same for plain text, in nats per token.")

@@ -43,7 +43,7 @@ class CompareOptions:
     controls: tuple[str, ...] = ()
     """Further strategies to train at the same number of layers and ranks."""
     matched_time: bool = True
-    """Also train the selection for as long as uniform LoRA took, by the clock."""
+    """Also train uniform LoRA and the selection in our trainer for as long as plain PEFT took, by the clock."""
     seed: int = 0
     """Seed of the adapters' start and of the order of rows, the same for every run."""
 
@@ -186,15 +186,20 @@ def planned_arms(plan: Plan, options: CompareOptions) -> list[Arm]:
             Arm(control, f"{count} layers, {control}", "control", "aletheia", other, rate, options.steps, True, cost)
         )
     if options.matched_time:
-        matched = replace(
-            arms[4],
-            name="selected_time_matched",
-            title=f"{count} selected layers, as long as uniform",
-            steps=options.steps * MOST_STEPS_PER_UNIFORM_STEP,
-            pace=arms[0],
-            step_seconds=[],
-            train_losses=[],
-            heldout=[],
-        )
-        arms.append(matched)
+        by_name = {arm.name: arm for arm in arms}
+        arms += [_time_matched(by_name[name], f"{name}_time_matched", arms[0], options) for name in (TWIN, "selected")]
     return arms
+
+
+def _time_matched(arm: Arm, name: str, pace: Arm, options: CompareOptions) -> Arm:
+    """The same run, for as long as another one takes."""
+    return replace(
+        arm,
+        name=name,
+        title=f"{arm.title}, as long as plain PEFT",
+        steps=options.steps * MOST_STEPS_PER_UNIFORM_STEP,
+        pace=pace,
+        step_seconds=[],
+        train_losses=[],
+        heldout=[],
+    )

@@ -91,11 +91,12 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
     uniform, selected = by_name["uniform"], by_name["selected"]
     own = median(selected.step_seconds[1:] or selected.step_seconds)
     per_step = {arm.name: own * step_ratio(arm, selected) for arm in arms if arm.step_seconds}
-    uniforms = [arm.name for arm in arms if arm.role == "uniform" and not arm.failed and arm.name in per_step]
-    fastest = min(uniforms, key=lambda name: per_step[name])
+    uniforms = [arm.name for arm in arms if arm.role == "uniform" and not (arm.pace or arm.failed)]
+    fastest = min(set(uniforms) & set(per_step), key=lambda name: per_step[name])
     selected_seconds = per_step["selected"] * selected.steps + selected.probe_seconds
-    matched = by_name.get("selected_time_matched")
     ours = by_name.get(TWIN)
+    matched = _end(by_name.get("selected_time_matched"))
+    uniform_matched = _end(by_name.get(f"{TWIN}_time_matched"))
     return {
         "speedup_ratio": per_step["uniform"] * uniform.steps / selected_seconds,
         "selection_ratio": per_step[fastest] * uniform.steps / selected_seconds,
@@ -107,12 +108,21 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
         "selected_seconds": selected.total_seconds,
         "uniform_heldout_loss": uniform.heldout[-1]["loss"],
         "selected_heldout_loss": selected.heldout[-1]["loss"],
-        "time_matched_heldout_loss": matched.heldout[-1]["loss"] if matched and matched.heldout else None,
-        "time_matched_steps": len(matched.step_seconds) if matched else None,
+        "time_matched_heldout_loss": matched[0],
+        "time_matched_steps": matched[1],
+        "time_matched_uniform_heldout_loss": uniform_matched[0],
+        "time_matched_uniform_steps": uniform_matched[1],
         "selected_layers": list(plan.selection.layers),
         "probe_seconds": selected.probe_seconds,
         "probe_share": selected.probe_seconds / sum(selected.step_seconds) if selected.step_seconds else float("nan"),
     }
+
+
+def _end(arm: Arm | None) -> tuple[float, int] | tuple[None, None]:
+    """Held-out loss and steps at the end of a run; nothing of one that failed or is not there."""
+    if arm is None or arm.failed or not arm.heldout:
+        return None, None
+    return arm.heldout[-1]["loss"], len(arm.step_seconds)
 
 
 def step_ratio(one: Arm, other: Arm) -> float:

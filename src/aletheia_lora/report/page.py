@@ -158,11 +158,20 @@ def _deck(record: Record) -> list[str]:
     loss = known(summary.get("uniform_heldout_loss"))
     if matched is not None and loss is not None:
         sentences.append(
-            f"Given {f'{steps:,.0f}' if steps is not None else 'more'} steps, as many as uniform LoRA's time allowed, "
+            f"Given {f'{steps:,.0f}' if steps is not None else 'more'} steps, as many as plain PEFT's time allowed, "
             f"the selected layers reached a held-out loss of {loss_text(matched)} ({loss_difference(matched, loss)})"
             f"{_time_really_taken(record)}."
         )
+        sentences += _all_layers_in_that_time(summary)
     return sentences
+
+
+def _all_layers_in_that_time(summary: Mapping[str, Any]) -> list[str]:
+    """What of that is the trainer's: all layers had the same time in it."""
+    loss, steps = (known(summary.get(f"time_matched_uniform_{name}")) for name in ("heldout_loss", "steps"))
+    if loss is None or steps is None:
+        return []
+    return [f"All layers in the same trainer and time reached {loss_text(loss)} in {steps:,.0f} steps."]
 
 
 def _time_really_taken(record: Record) -> str:
@@ -178,11 +187,13 @@ def _key_figures(record: Record) -> list[dict[str, str]]:
     if _broken(record):
         return []
     matched = known(_summary(record).get("time_matched_heldout_loss"))
+    all_layers = known(_summary(record).get("time_matched_uniform_heldout_loss"))
     selected, uniform = _losses(record)
+    same = "same time" if all_layers is None else "same time and trainer"
     return [
         _speed_figure(record),
         _loss_figure(selected, uniform, "held-out loss, same steps", "not measured"),
-        _loss_figure(matched, uniform, "held-out loss, same time", "not run"),
+        _loss_figure(matched, all_layers or uniform, f"held-out loss, {same}", "not run"),
         _probe_figure(record),
     ]
 
