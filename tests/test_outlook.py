@@ -2,12 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import Qwen2Config
 
+from aletheia_lora.anatomy import anatomy
 from aletheia_lora.cli import main
+from aletheia_lora.cost import StepShape, cost_model
 from aletheia_lora.errors import UnsupportedModelError
 from aletheia_lora.outlook import OutlookOptions, model_from_config, outlook, outlook_text
 from families import CONFIGS
@@ -32,7 +35,7 @@ def dry_run(monkeypatch, capsys, *arguments):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_has_an_outlook(family):
-    record = outlook(model_from_config(CONFIGS[family]()), OPTIONS)
+    record = outlook(model_from_config(CONFIGS[family]()), replace(OPTIONS, allocation="uniform"))
     assert record["activations"] == "traced" and len(record["predictions"]) == 12
     by = {(row["weights"], row["depth"], row["checkpointing"]): row for row in record["predictions"]}
     for weights in ("bfloat16", "4-bit"):
@@ -41,7 +44,12 @@ def test_every_family_has_an_outlook(family):
             assert [row["num_layers"] for row in rows] == [4, 2, 1]
             assert rows[0]["seconds"] > rows[1]["seconds"] > rows[2]["seconds"] > 0
             assert rows[0]["bytes"] > rows[1]["bytes"] > rows[2]["bytes"]
-            assert rows[0]["speedup_ratio"] == 1.0 < rows[1]["speedup_ratio"]
+            assert rows[0]["speedup_ratio"] == 1.0 < rows[1]["speedup_ratio"] < rows[1]["cached_speedup_ratio"]
+            assert rows[0]["cached_seconds"] is rows[0]["cached_speedup_ratio"] is None
+    weights = record["weights_bytes"]
+    for depth, checkpointing in {key[1:] for key in by}:  # packed matrices are unpacked, their inputs copied
+        plain, packed = (by[w, depth, checkpointing]["bytes"] - weights[w] for w in ("bfloat16", "4-bit"))
+        assert packed > plain or (checkpointing and packed == plain), (depth, checkpointing)
     assert all(row["fits"] is (row["bytes"] <= 1_000_000) for row in record["predictions"])
     assert "no layer was scored" in outlook_text(record)
 
@@ -74,7 +82,7 @@ def test_the_command_answers_from_a_folder_or_a_file_without_weights(folder, mon
     again = json.loads(dry_run(monkeypatch, capsys, folder / "config.json", *flags))
     assert again["predictions"] == record["predictions"]
     printed = dry_run(monkeypatch, capsys, folder, *flags[:-1])
-    assert "LlamaForCausalLM: 4 layers" in printed and printed.count("4-bit") == 7
+    assert "LlamaForCausalLM: 4 layers" in printed and printed.count("4-bit") == 8
 
 
 def test_rate_and_memory_are_this_machines_unless_given(folder, monkeypatch, capsys):
@@ -115,3 +123,40 @@ def test_an_outlook_of_a_loaded_model_leaves_it_as_found():
     outlook(model, OPTIONS)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_ranks_and_targets_are_those_of_the_plan_that_would_be_made(folder, monkeypatch, capsys):
+    flags = ("--tflops", "0.001", "--memory-budget", "1GB", "--max-length", "16", "--json")
+
+    def half(*more):
+        record = json.loads(dry_run(monkeypatch, capsys, folder, *flags, *more))
+        return {row["depth"]: row for row in record["predictions"]}["top half"]
+
+    model = model_from_config(str(folder))
+    found = anatomy(model)
+    shape = StepShape(num_tokens=64, num_labelled_tokens=64, sequence_length=16)
+    for more, targets, rank in (
+        ((), None, 8),
+        (("--allocation", "uniform"), None, 4),
+        (("--targets", "q_proj", "--targets", "down_proj", "--max-rank", "6"), ("q_proj", "down_proj"), 6),
+    ):
+        cost = cost_model(found, shape, targets=targets).in_seconds(1e9)
+        row = half("--rank", "4", *more)
+        assert row["seconds"] == pytest.approx(cost.step(range(2, 4), rank=rank, checkpointing=True)), more
+        assert row["speedup_ratio"] == pytest.approx(cost.uniform(rank=4, checkpointing=True) / row["seconds"]), more
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--targets", "q_poj"), "target 'q_poj' matches no module"),
+        (("--rank", "4096"), "rank 4096 is larger than"),
+        (("--quantization", "int8"), "a dry run predicts bfloat16 and 4-bit weights"),
+    ],
+)
+def test_what_cannot_be_adapted_or_predicted_is_refused(folder, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, "argv", ["aletheia", "plan", str(folder), "--tflops", "1", *flags, "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err

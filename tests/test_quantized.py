@@ -22,6 +22,7 @@ from aletheia_lora.data import tokenize
 from aletheia_lora.errors import ConfigError, PlanError, UnsupportedModelError
 from aletheia_lora.loss import evaluating, heldout_loss, labelled_loss
 from aletheia_lora.memory import memory_model, stored_bytes
+from aletheia_lora.outlook import OutlookOptions, model_from_config, outlook
 from aletheia_lora.planning import plan
 from aletheia_lora.probe import gradient_probe, probe
 from aletheia_lora.quantized import QUANTIZATIONS, gradients_kept, plain_tensors, quantization_config
@@ -57,7 +58,7 @@ def quiet(library_logging):
 
 def packed(folder: Path, name: str | None, **more):
     config = {} if name is None else {"quantization_config": quantization_config(name, torch.float32)}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **{**config, **more})
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **config, **more})
 
 
 def unpacked(folder: Path, name: str):
@@ -99,6 +100,20 @@ def test_bytes_are_counted_as_they_are_packed_scales_and_all(folder):
     double = packed(folder, None, quantization_config=config)
     scales = stored_bytes(double) - rest - weights // 2
     assert weights // 64 < scales < weights // 64 + 28 * 2000  # a byte for each scale, and the code of those bytes
+
+
+@needs_bitsandbytes
+def test_the_outlook_of_4_bit_weights_is_what_the_packed_model_takes(folder):
+    options = OutlookOptions(batch_size=3, max_length=40, operations_per_second=1e9, memory_bytes=10**9)
+    record = outlook(model_from_config(str(folder)), options)
+    model = packed(folder, "nf4", dtype=torch.bfloat16)
+    taken = memory_model(anatomy(model), num_rows=3, length=40, num_labelled=120, model=model)
+    codes = 4 * 16 * 28  # of each matrix the 16 values of its code: nothing on a large model
+    assert taken.weights - codes == pytest.approx(record["weights_bytes"]["4-bit"], rel=1e-3)
+    for row in record["predictions"]:
+        if row["weights"] == "4-bit" and row["depth"] == "uniform":
+            expected = taken.step(range(4), rank=16, checkpointing=row["checkpointing"]) - taken.weights
+            assert row["bytes"] - record["weights_bytes"]["4-bit"] == expected
 
 
 @needs_bitsandbytes

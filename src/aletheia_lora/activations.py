@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,7 +62,8 @@ def layer_activations(
         level = logger.level
         try:
             logger.setLevel(logging.CRITICAL)  # a kernel that cannot be traced is no news: there is another way
-            twin, mode = without_contents(model)
+            packed = [module.name for module in anatomy.modules if module.storage == "quantized"]
+            twin, mode = without_contents(model, packed=packed)
             with mode:
                 return saved_activations(twin, anatomy, num_rows=num_rows, length=length, targets=targets), "traced"
         except Exception:  # kernels that read contents, packed weights: whatever a foreign forward raises
@@ -122,7 +123,9 @@ def saved_activations(
     return trace.layers()
 
 
-def without_contents(model: nn.Module, device: torch.device | str | None = None) -> tuple[Any, FakeTensorMode]:
+def without_contents(
+    model: nn.Module, device: torch.device | str | None = None, *, packed: Iterable[str] = ()
+) -> tuple[Any, FakeTensorMode]:
     """A twin of the model whose tensors have shapes and a device but no contents, and the mode to run it under.
 
     A ``meta`` tensor has no device, so attention could not choose the kernel that training will use; a fake one has.
@@ -131,20 +134,21 @@ def without_contents(model: nn.Module, device: torch.device | str | None = None)
     Args:
         model: Any model, ``meta`` included; not touched.
         device: Where the twin pretends to be; by default the model's device, and the CPU for ``meta``.
+        packed: Names of linear maps that are to be taken for quantized ones, though they are not yet.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
-    packed: set[int] = set()
+    quantized, replaced = set(packed), set[int]()
     like = embedding_of(model).weight
-    for module in model.modules():
+    for name, module in model.named_modules():
         shape = linear_shape(module)
-        if shape is not None and is_quantized(module):
+        if shape is not None and (is_quantized(module) or name in quantized):
             where = device or ("cpu" if like.device.type == "meta" else like.device)
             with mode:
                 memo[id(module)] = _Unpacked(module, *shape, device=where, like=like)
-            packed.update(id(tensor) for tensor in [*module.parameters(), *module.buffers()])
+            replaced.update(id(tensor) for tensor in [*module.parameters(), *module.buffers()])
     for tensor in [*model.parameters(), *model.buffers()]:
-        if id(tensor) in packed:
+        if id(tensor) in replaced:
             continue
         where = device or ("cpu" if tensor.device.type == "meta" else tensor.device)
         with mode:

@@ -32,7 +32,7 @@ from .memory import device_memory, parse_bytes
 from .methods import METHODS
 from .outlook import OutlookOptions, auto_class, model_from_config, outlook, outlook_text
 from .plan_options import PlanOptions
-from .planning import Plan, plan_from_probe
+from .planning import Plan, allocation_options, plan_from_probe
 from .probing import probe_rows
 from .processes import on_main, together, world_size
 from .quantized import plain_tensors, quantization_config
@@ -139,11 +139,13 @@ def preview_plan(config: RunConfig, say: Say) -> dict[str, Any]:
 
     Raises:
         UnsupportedModelError: If the configuration is not one of a causal language model.
-        ConfigError: If the device cannot be used.
-        PlanError: If ``memory_budget`` is not a number of bytes.
+        ConfigError: If the device cannot be used, or for int8 weights, which are not predicted.
+        PlanError: If ``memory_budget`` is not a number of bytes, a target matches nothing, or a rank is too large.
     """
     transformers_logging.set_verbosity_error()
     _given_plan(config)
+    if config.quantization == "int8":
+        raise ConfigError("quantization='int8': a dry run predicts bfloat16 and 4-bit weights. Leave it out.")
     budget = parse_bytes(config.memory_budget)
     unpacked = config.model_copy(update={"quantization": None})
     model = model_from_config(load_model(unpacked, say)[0].config if config.model == EMBEDDED else config.model)
@@ -155,7 +157,8 @@ def preview_plan(config: RunConfig, say: Say) -> dict[str, Any]:
         options = OutlookOptions(
             batch_size=config.batch_size,
             max_length=config.max_length,
-            rank=config.rank,
+            allocation=config.allocation,
+            ranks=allocation_options(_plan_options(config), None),
             operations_per_second=rate,
             rate_from="measured" if config.tflops is None else "given",
             memory_bytes=device_memory(device) if budget is None else budget,
