@@ -200,7 +200,7 @@ def test_train_writes_an_adapter_by_a_plan_made_before(aletheia, model, data, tm
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
     assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_" in n) == record["trainable_params"]
     printed = aletheia("train", *shared, "--output", tmp_path / "again", "--gradient-accumulation", "2")
-    assert "backward stopped at layer 2 (measured)" in printed
+    assert "backward stopped at layer 2 (measured in the first step)" in printed
     assert names(tmp_path) == {"plan.json", "plan.png", "adapter", "again"}
 
 

@@ -103,7 +103,7 @@ def test_a_training_writes_a_card_that_the_hub_reads(tmp_path, rows):
     assert sha256(canonical.encode()).hexdigest() in card.text
     assert parts.train.digest in card.text and made.anatomy.fingerprint in card.text
     assert f"torch {record['environment']['torch']}" in card.text
-    assert f"backward stopped at layer {made.selection.lowest} (measured)" in card.text
+    assert f"backward stopped at layer {made.selection.lowest} (measured in the first step)" in card.text
 
 
 def test_the_card_says_what_was_not_shown_of_scores(made, record, rows):

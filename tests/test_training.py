@@ -18,6 +18,7 @@ from aletheia_lora.errors import ConfigError, DataError, NonFiniteLossError, Out
 from aletheia_lora.loss import labelled_loss
 from aletheia_lora.planning import Plan, plan
 from aletheia_lora.training.compiled import _compiler_fails, check_compiles
+from aletheia_lora.training.engine import Engine
 from aletheia_lora.training.rerank import ReRank
 from aletheia_lora.training.run import TrainOptions, train_adapter
 from aletheia_lora.training.trainer import SFTTrainer
@@ -170,6 +171,25 @@ def test_what_defeats_the_cut_is_said_once(tmp_path, rows, tokenizer):
     text = "backward ran down to layer 1, though the lowest adapted layer is 3"
     assert sum(text in str(warning.message) for warning in said) == 1
     assert trainer.lowest_backward_layer == 1
+
+
+def test_what_zero_3_takes_from_the_cut_is_said_once_and_recorded(tmp_path, rows, tokenizer, monkeypatch):
+    assert "truncation" not in Engine("ZeRO-3", 2).limits(reentrant=False)
+    said_there = Engine("ZeRO-3", 2).limits(reentrant=True)["truncation"]
+    limits = Engine.limits
+
+    def as_zero_3(_engine, *, reentrant):
+        found = limits(Engine("ZeRO-3", 2), reentrant=reentrant)
+        return {"truncation": found["truncation"]} if reentrant else {}
+
+    monkeypatch.setattr(Engine, "limits", as_zero_3)
+    made = made_plan(rows, strategy="last", num_layers=2)
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = train_ours(tmp_path, rows, tokenizer, made, **reentrant)
+    assert sum(str(warning.message) == said_there for warning in said) == 1
+    assert trainer.engine_limits == {"truncation": said_there}
 
 
 def test_accumulation_changes_no_gradient(tmp_path, rows, tokenizer):

@@ -187,7 +187,7 @@ def _show_plan(record: dict[str, Any]) -> None:
 def _show_train(record: dict[str, Any]) -> None:
     print(record["text"])
     print(f"{record['options']['steps']} steps in {record['seconds']:.0f} s, last loss {record['losses'][-1]:.4f}")
-    print(f"backward stopped at layer {record['lowest_backward_layer']} (measured)")
+    print(f"backward stopped at layer {record['lowest_backward_layer']} (measured in the first step)")
     print(f"wrote {record['output']}")
     if record["pushed"] is not None:
         print(f"pushed to {record['pushed']}")

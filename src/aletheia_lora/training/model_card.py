@@ -201,7 +201,7 @@ def _cost(plan: Plan, record: Mapping[str, Any]) -> list[str]:
         f"{record['trainable_params']:,} trainable weights in {len(plan.ranks)} modules, found there by census before "
         "the first step",
         f"measured: {steps} steps in {seconds:.1f} s, {seconds / steps:.3g} s a step with all that goes with it",
-        f"backward stopped at layer {record['lowest_backward_layer']} (measured)",
+        f"backward stopped at layer {record['lowest_backward_layer']} (measured in the first step)",
     ]
     if plan.prediction is not None:
         facts.append(plan.prediction.describe())
