@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,18 @@ def run_script(*arguments):
 
 
 @pytest.mark.slow
-def test_every_run_of_every_tiny_shape_is_measured_and_shown_again(tmp_path):
-    shown = run_script("--device", "cpu", "--tiny", "--steps", 1, "--output", tmp_path)
+@pytest.mark.parametrize(("storage", "num_shapes"), [("bfloat16", 3), ("nf4", 1)])
+def test_every_run_of_every_tiny_shape_is_measured_and_shown_again(tmp_path, storage, num_shapes):
+    if storage == "nf4":
+        pytest.importorskip("bitsandbytes", reason="no bitsandbytes: no 4-bit weights")
+    which = ["--four-bit"] * (storage == "nf4")
+    shown = run_script(*which, "--device", "cpu", "--tiny", "--steps", 1, "--output", tmp_path)
     assert run_script("--print", "--output", tmp_path) == shown
+    assert date.fromisoformat(json.loads((tmp_path / "environment.json").read_text())["date"]) <= date.today()
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
-    assert [record["failed"] for record in records] == [None] * 3
+    assert [record["failed"] for record in records] == [None] * num_shapes
     for record in records:
+        assert record["storage"] == storage
         assert record["probe"]["seconds"] > 0 and len(record["probe"]["scores"]) == record["num_layers"] == 4
         assert len(record["runs"]) == 2 * 10
         for line in record["runs"]:

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -131,6 +132,7 @@ def environment(options):
 
     cuda = options.device.startswith("cuda") and torch.cuda.is_available()
     return {
+        "date": date.today().isoformat(),
         "python": platform.python_version(),
         **{package: found(package) for package in PACKAGES},
         "device": torch.cuda.get_device_name(0) if cuda else options.device,
