@@ -12,6 +12,7 @@ from aletheia_lora.anatomy import anatomy
 from aletheia_lora.cli import main
 from aletheia_lora.cost import StepShape, cost_model
 from aletheia_lora.errors import UnsupportedModelError
+from aletheia_lora.memory import memory_model
 from aletheia_lora.outlook import OutlookOptions, model_from_config, outlook, outlook_text
 from families import CONFIGS
 
@@ -36,7 +37,7 @@ def dry_run(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_has_an_outlook(family):
     record = outlook(model_from_config(CONFIGS[family]()), replace(OPTIONS, allocation="uniform"))
-    assert record["activations"] == "traced" and len(record["predictions"]) == 12
+    assert record["activations"] == {"bfloat16": "traced", "4-bit": "traced"} and len(record["predictions"]) == 12
     by = {(row["weights"], row["depth"], row["checkpointing"]): row for row in record["predictions"]}
     for weights in ("bfloat16", "4-bit"):
         for checkpointing in (False, True):
@@ -130,7 +131,8 @@ def test_ranks_and_targets_are_those_of_the_plan_that_would_be_made(folder, monk
 
     def half(*more):
         record = json.loads(dry_run(monkeypatch, capsys, folder, *flags, *more))
-        return {row["depth"]: row for row in record["predictions"]}["top half"]
+        rows = [row for row in record["predictions"] if row["weights"] == "bfloat16" and row["checkpointing"]]
+        return {row["depth"]: row for row in rows}["top half"]
 
     model = model_from_config(str(folder))
     found = anatomy(model)
@@ -141,7 +143,9 @@ def test_ranks_and_targets_are_those_of_the_plan_that_would_be_made(folder, monk
         (("--targets", "q_proj", "--targets", "down_proj", "--max-rank", "6"), ("q_proj", "down_proj"), 6),
     ):
         cost = cost_model(found, shape, targets=targets).in_seconds(1e9)
+        memory = memory_model(found, num_rows=4, length=16, num_labelled=64, model=model, targets=targets)
         row = half("--rank", "4", *more)
+        assert row["bytes"] == memory.step(range(2, 4), rank=rank, checkpointing=True), more
         assert row["seconds"] == pytest.approx(cost.step(range(2, 4), rank=rank, checkpointing=True)), more
         assert row["speedup_ratio"] == pytest.approx(cost.uniform(rank=4, checkpointing=True) / row["seconds"]), more
 
@@ -151,6 +155,7 @@ def test_ranks_and_targets_are_those_of_the_plan_that_would_be_made(folder, monk
     [
         (("--targets", "q_poj"), "target 'q_poj' matches no module"),
         (("--rank", "4096"), "rank 4096 is larger than"),
+        (("--allocation", "asymmetric"), "rank 64 is larger than"),
         (("--quantization", "int8"), "a dry run predicts bfloat16 and 4-bit weights"),
     ],
 )

@@ -131,6 +131,16 @@ def test_page_tells_the_trainer_from_the_selection(record: dict[str, Any]) -> No
     assert f"the selected layers trained {record['summary']['selection_ratio']:.2f}x faster" in text
     assert f"{100 * (1 - ours / plain):.0f} % saved by the way of training alone" in text
     assert "saved by choosing layers, probe paid" in text
+    assert "All layers in the same trainer and time reached 1.226 in 46 steps." in text
+    assert "held-out loss, same time and trainer" in text and "1.215 against 1.226: 0.9 % better" in text
+
+
+def test_a_record_without_all_layers_in_equal_time_compares_with_plain_peft(record: dict[str, Any]) -> None:
+    for key in ("time_matched_uniform_heldout_loss", "time_matched_uniform_steps"):
+        del record["summary"][key]
+    text = page_of(record).text
+    assert "All layers in the same trainer and time" not in text and "same time and trainer" not in text
+    assert "1.215 against 1.221: 0.5 % better" in text
 
 
 def test_page_gives_the_trainer_nothing_when_plain_peft_was_fastest(record: dict[str, Any]) -> None:

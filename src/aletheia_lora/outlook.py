@@ -46,7 +46,8 @@ class OutlookOptions:
     max_length: int = 512
     """Tokens of each row; every row is taken to be this long and labelled throughout."""
     allocation: str = "matched"
-    """What gives the ranks of half and a quarter of the layers; ``proportional`` ones are taken to be ``rank``."""
+    """What gives the ranks of half and a quarter of the layers; of layers of different sizes the highest it can give,
+    and ``proportional`` ones, which need scores, are taken to be ``rank``."""
     ranks: AllocationOptions = field(default_factory=AllocationOptions)
     """Rank of uniform LoRA, what bounds the others, and which modules get adapters."""
     operations_per_second: float
@@ -105,7 +106,8 @@ def outlook(model: Any, options: OutlookOptions) -> dict[str, Any]:
         found = anatomy(twin)
     tokens = options.batch_size * options.max_length
     every, targets = range(found.num_layers), options.ranks.targets
-    allocate(found, every, "uniform", options.ranks)  # refuse a yardstick that cannot be
+    for rule in {"uniform", options.allocation} - {"proportional"}:
+        allocate(found, every, rule, options.ranks)  # refuse what cannot be
     ranks = ranks_by_count(found, options.allocation, options.ranks) or {}
     shape = StepShape(num_tokens=tokens, num_labelled_tokens=tokens, sequence_length=options.max_length)
     cost = cost_model(found, shape, targets=targets).in_seconds(options.operations_per_second)
@@ -145,7 +147,7 @@ def outlook(model: Any, options: OutlookOptions) -> dict[str, Any]:
         "operations_per_second": options.operations_per_second,
         "rate_from": options.rate_from,
         "memory_bytes": options.memory_bytes,
-        "activations": storages["bfloat16"].activations,
+        "activations": {storage: of_storage.activations for storage, of_storage in storages.items()},
         "weights_bytes": {storage: of_storage.weights for storage, of_storage in storages.items()},
         "predictions": rows,
         "limits": LIMITS,
@@ -170,7 +172,8 @@ def _times(cost: CostModel, layers: range, rank: Ranks, uniform_rank: int, check
 LIMITS = (
     "No data was read and no layer was scored: the rows differ in how far down backward runs, not in which layers are "
     "worth adapting. Time is counted operations at the rate of large matrix products, which a step does not reach: "
-    "compare rows by their speed. Unpacking 4-bit weights, the optimizer and loading data are not in it. Adapters are "
+    "compare rows by their speed ('cached': in later epochs with the prefix cache, which takes the memory of one more "
+    "batch of hidden states). Unpacking 4-bit weights, the optimizer and loading data are not in it. Adapters are "
     "plain LoRA; all rows of a batch are taken to be of full length. 4-bit packs linear maps, not stacks of experts."
 )
 
@@ -182,7 +185,7 @@ def outlook_text(record: dict[str, Any]) -> str:
         f"{record['batch_size']} rows of {record['max_length']} tokens, uniform LoRA of rank {record['rank']}, the "
         f"others {record['allocation']}",
         f"at {record['operations_per_second'] / 1e12:.3g} TFLOPS ({record['rate_from']}), into "
-        f"{in_words(record['memory_bytes'])}; activations {record['activations']}",
+        f"{in_words(record['memory_bytes'])}; activations {', '.join(dict.fromkeys(record['activations'].values()))}",
         f"{'weights':9} {'layers':12} {'backward from':>13} {'checkpointing':>13} {'s a step':>9} {'speed':>6} "
         f"{'cached':>6} {'peak memory':>12}  fits",
     ]

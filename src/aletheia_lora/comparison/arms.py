@@ -156,7 +156,7 @@ def with_layers(plan: Plan, strategy: str, layers: Sequence[int], allocation: st
 
 
 TWIN = "uniform_aletheia"
-"""Learns what ``uniform`` does, step by step: there is no need to keep and ask both."""
+"""Learns what ``uniform`` does, step by step, so only that one is kept and asked."""
 UNIFORM = {
     "uniform": ("uniform LoRA, plain PEFT under Trainer", "trainer", True),
     "uniform_trl": ("uniform LoRA, TRL as shipped", "trl_as_shipped", False),

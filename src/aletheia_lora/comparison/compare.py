@@ -45,7 +45,7 @@ def compare(
         options: Steps, rates, controls.
         model_name: For the record.
         data_name: For the record.
-        keep: Save the adapters of full runs here, each in a folder named after its arm; not that of ``TWIN``.
+        keep: Save the adapters of full runs here, each in a folder named after its arm; not those of ``TWIN``.
         say: Called with a line of progress now and then.
 
     Raises:
@@ -68,7 +68,7 @@ def compare(
     say(f"held-out loss before training {base_loss:.4f} ({len(validation)} rows)")
     arms = planned_arms(plan, options)
     rows = train.to_dataset()
-    kept = {arm.name: None if arm.name == TWIN else keep for arm in arms}
+    kept = {arm.name: None if arm.name.startswith(TWIN) else keep for arm in arms}
 
     with frozen_weights_put_back(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the trainers' own advice, once per arm

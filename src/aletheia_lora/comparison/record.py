@@ -92,7 +92,8 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
     own = median(selected.step_seconds[1:] or selected.step_seconds)
     per_step = {arm.name: own * step_ratio(arm, selected) for arm in arms if arm.step_seconds}
     uniforms = [arm.name for arm in arms if arm.role == "uniform" and not (arm.pace or arm.failed)]
-    fastest = min(set(uniforms) & set(per_step), key=lambda name: per_step[name])
+    uniforms = [name for name in uniforms if name in per_step]
+    fastest = min(uniforms, key=lambda name: per_step[name])
     selected_seconds = per_step["selected"] * selected.steps + selected.probe_seconds
     ours = by_name.get(TWIN)
     matched = _end(by_name.get("selected_time_matched"))

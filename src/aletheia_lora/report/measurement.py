@@ -39,7 +39,7 @@ def definitions(record: Record) -> list[tuple[str, str]]:
             "Step",
             "From the end of one update of the adapter to the end of the next: batch, forward, backward, optimizer, "
             "logging. The clock stands still during evaluation. The arms take their steps in turns, so that all meet "
-            "one machine; the run that gets uniform LoRA's time goes on until it has taken as long. Medians leave out "
+            "one machine; a run that gets plain PEFT's time goes on until it has taken as long. Medians leave out "
             "the first step of an arm, which warms caches up, and two arms are compared over the steps that both "
             "took.",
         ),

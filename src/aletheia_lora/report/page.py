@@ -175,7 +175,7 @@ def _all_layers_in_that_time(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _time_really_taken(record: Record) -> str:
-    """What the run that ends by uniform LoRA's clock really took."""
+    """What the selection's run that ends by plain PEFT's clock really took."""
     taken = known((find_arm(record, "selected_time_matched") or {}).get("total_seconds"))
     allowed = known((find_arm(record, REFERENCE) or {}).get("total_seconds"))
     if not taken or not allowed:
@@ -193,7 +193,7 @@ def _key_figures(record: Record) -> list[dict[str, str]]:
     return [
         _speed_figure(record),
         _loss_figure(selected, uniform, "held-out loss, same steps", "not measured"),
-        _loss_figure(matched, all_layers or uniform, f"held-out loss, {same}", "not run"),
+        _loss_figure(matched, all_layers or uniform, f"held-out loss, {same}", "not run to its end"),
         _probe_figure(record),
     ]
 
