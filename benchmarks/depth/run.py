@@ -150,7 +150,8 @@ class Bench:
 
         ranks = allocate(self.found, choice.layers, "matched", AllocationOptions(rank=16))
         rank = max(entry.rank for entry in ranks)
-        share, steps = self.share(choice, rank), self.steps(choice, rank)
+        share = self.share(choice, rank)
+        steps = self.steps(choice, rank, share)
         adapted = attach(shared_copy(self.model), self.found, ranks, seed=seed)
         FastLora(adapted)
         draw = np.random.default_rng(seed)
@@ -185,10 +186,9 @@ class Bench:
             "heldout_loss": heldout_loss(adapted, self.held_out),
         }
 
-    def steps(self, choice: Choice, rank: int) -> int:
+    def steps(self, choice: Choice, rank: int, share: float) -> int:
         """Steps that fit in uniform LoRA's predicted time; a cache is of use from the second epoch on."""
         time = choice.epochs * EPOCH_STEPS or UNIFORM_STEPS
-        share = self.share(choice, rank)
         if not choice.cached:
             return round(time / share)
         later = self.cost.share(choice.layers, rank=rank, prefix_cached=True)

@@ -91,9 +91,8 @@ def summarize(arms: Sequence[Arm], plan: Plan) -> dict[str, Any]:
     uniform, selected = by_name["uniform"], by_name["selected"]
     own = median(selected.step_seconds[1:] or selected.step_seconds)
     per_step = {arm.name: own * step_ratio(arm, selected) for arm in arms if arm.step_seconds}
-    uniforms = [arm.name for arm in arms if arm.role == "uniform" and not (arm.pace or arm.failed)]
-    uniforms = [name for name in uniforms if name in per_step]
-    fastest = min(uniforms, key=lambda name: per_step[name])
+    uniforms = [arm for arm in arms if arm.role == "uniform" and arm.step_seconds and not (arm.pace or arm.failed)]
+    fastest = min((arm.name for arm in uniforms), key=per_step.__getitem__)
     selected_seconds = per_step["selected"] * selected.steps + selected.probe_seconds
     ours = by_name.get(TWIN)
     matched = _end(by_name.get("selected_time_matched"))
