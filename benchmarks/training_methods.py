@@ -74,6 +74,13 @@ def probed(setup: Setup, rows: TokenizedRows, train: TokenizedRows, seed: int) -
     return probe_rows(setup.model, rows, options, tokenizer=setup.tokenizer, row_lengths=lengths)
 
 
+def cached_steps(time: float, epoch_steps: int, share: float, later: float) -> int:
+    """Steps that fit in the time of so many steps of uniform LoRA: first-epoch ones at ``share`` of its step, then
+    those with the prefix cache at ``later``; at least one."""
+    first = min(epoch_steps, round(time / share))
+    return max(first + round((time - first * share) / later), 1)
+
+
 def method_plan(setup: Setup, name: str, found: ModelAnatomy, measured: ProbeResult, seed: int) -> Plan:
     """The plan of one method.
 

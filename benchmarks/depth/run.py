@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "src"))
+sys.path[:0] = [str(HERE.parents[1] / "src"), str(HERE.parent)]
 
 UNIFORM_STEPS, BATCH_SIZE, HELD_OUT, MAX_LENGTH, RATE = 30, 4, 48, 320, 2e-3
 EPOCH_STEPS = 15
@@ -191,8 +191,9 @@ class Bench:
         time = choice.epochs * EPOCH_STEPS or UNIFORM_STEPS
         if not choice.cached:
             return round(time / share)
-        later = self.cost.share(choice.layers, rank=rank, prefix_cached=True)
-        return EPOCH_STEPS + round((time - EPOCH_STEPS * share) / later)
+        from training_methods import cached_steps
+
+        return cached_steps(time, EPOCH_STEPS, share, self.cost.share(choice.layers, rank=rank, prefix_cached=True))
 
     def share(self, choice: Choice, rank: int) -> float:
         """Predicted time of a step against uniform LoRA's, averaged over the schedule; in the first epoch if cached."""

@@ -15,7 +15,7 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training_methods import NEED_PROBE, Setup, embedded_setup, method_plan, probed
+from training_methods import NEED_PROBE, Setup, cached_steps, embedded_setup, method_plan, probed
 
 from aletheia_lora.allocation import mean_ranks
 from aletheia_lora.anatomy import ModelAnatomy, anatomy
@@ -138,9 +138,8 @@ class Bench:
         share = cost.share(plan.selection.layers, **how)
         if not method.cached:
             return max(round(uniform_steps / share), 1)
-        first = min(-(-self.settings.train_rows // self.setup.batch_size), round(uniform_steps / share))
         later = cost.share(plan.selection.layers, prefix_cached=True, **how)
-        return max(first + round((uniform_steps - first * share) / later), 1)
+        return cached_steps(uniform_steps, -(-self.settings.train_rows // self.setup.batch_size), share, later)
 
     def arm(self, name: str, seed: int, learning_rate: float, uniform_steps: int) -> Arm:
         """A run of this method.
