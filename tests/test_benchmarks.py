@@ -7,13 +7,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from aletheia_lora.adapter import attach
+from aletheia_lora.adapter import attach, shared_copy
+from aletheia_lora.allocation import AllocationOptions, allocate
 from aletheia_lora.anatomy import anatomy
 from aletheia_lora.cost import StepShape, cost_model
-from aletheia_lora.data import tokenize
+from aletheia_lora.data import batches, tokenize
 from aletheia_lora.errors import ConfigError
 from aletheia_lora.memory import memory_model
 from aletheia_lora.planning import Plan
@@ -273,6 +275,73 @@ def test_runs_that_never_get_there_or_fail_stay_in_the_table(to_loss):
     assert "never in 1.20 (1.1000)" in table
     assert "seed 2 failed: RuntimeError: out of luck" in table
     assert "1 of 2 reached it; 1 failed" in table
+
+
+# --- depth for a fixed time -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def depth(monkeypatch):
+    module = script("depth/run.py")
+    for name, value in {"UNIFORM_STEPS": 6, "EPOCH_STEPS": 3, "HELD_OUT": 4}.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_each_choice_of_depth_gets_uniform_loras_time(depth):
+    bench = depth.Bench(tiny_setup(depth))
+    whole, upper, rare = (
+        bench.run(depth.Choice(*how), 0) for how in (((0, 1, 2, 3),), ((2, 3),), ((0, 1, 2, 3), 2, 3))
+    )
+    assert whole["steps"] == len(whole["train_losses"]) == 6 < rare["steps"] < upper["steps"]
+    assert whole["train_losses"][0] == upper["train_losses"][0]  # one batch; the adapters start at zero
+    two, cached = (bench.run(depth.Choice((2, 3), cached=on, epochs=2), 0) for on in (False, True))
+    assert two["steps"] == upper["steps"] < cached["steps"]
+
+
+def test_a_cached_choice_of_depth_has_the_losses_of_a_fresh_one(depth, monkeypatch):
+    bench = depth.Bench(tiny_setup(depth))
+    monkeypatch.setattr(bench, "steps", lambda *_: 9)
+    fresh, cached = (bench.run(depth.Choice((2, 3), cached=on, epochs=2), 0) for on in (False, True))
+    assert cached["train_losses"] == pytest.approx(fresh["train_losses"], abs=1e-5)  # float32
+    rows = bench.rows(depth.Choice((2, 3), epochs=2), 0, 9)
+    epochs = [sorted(row.input_ids for row in rows[start : start + 12]) for start in (0, 12, 24)]
+    assert epochs[0] == epochs[1] == epochs[2]
+
+
+def test_early_layers_move_at_every_so_manieth_step_only(depth):
+    bench = depth.Bench(tiny_setup(depth))
+    choice = depth.Choice((0, 1, 2, 3), cut=2, every=3)
+    ranks = allocate(bench.found, choice.layers, "uniform", AllocationOptions(rank=4))
+    layer_of = {entry.name: entry.layer_idx for entry in ranks}
+    weights = []
+    for taken in (1, 3, 4):
+        adapted = attach(shared_copy(bench.setup.model), bench.found, ranks)
+        rows = list(batches(bench.rows(choice, 0, taken), bench.setup.batch_size, bench.setup.pad))
+        bench.train_on(rows, adapted, choice, layer_of, steps=8)
+        named = {name: weight.detach() for name, weight in adapted.named_parameters() if "lora_B" in name}
+        weights.append({name: named[name] for name in sorted(named)})
+    for name, one, three, four in zip(weights[0], *(each.values() for each in weights), strict=True):
+        early = layer_of[depth.module_of(name)] < choice.cut
+        assert torch.equal(one, three) is early and not torch.equal(three, four)
+
+
+# --- the shortcuts of our trainer -------------------------------------------------------------------------------
+
+
+def test_each_shortcut_is_left_out_by_itself_and_no_loss_changes(monkeypatch):
+    module = script("step_time/shortcuts.py")
+    monkeypatch.delitem(module.VARIANTS, "compiled")  # compiling is slow, and tried in its own tests
+    record = module.measured(tiny_setup(module), steps=4, num_batches=2)
+    runs = {(run["method"], run["variant"]): run for run in record["runs"]}
+    assert len(runs) == 2 * len(module.VARIANTS)
+    for (method, variant), run in runs.items():
+        assert len(run["step_seconds"]) == 4
+        assert run["train_losses"] == pytest.approx(runs[method, module.AS_IT_IS]["train_losses"], abs=1e-4)  # float32
+        assert ("FastLora" in run["installed"]) is (variant != "peft_adapters")
+        assert (run["num_padding_left_out"] > 0) is (variant not in ("padded", "trl_loss"))
+    shown = module.table(record, warm_up=record["batches"])
+    assert "| as it is | 1.00x (1.00-1.00) | 1.00x (1.00-1.00) |" in shown
 
 
 # --- predictions of a step --------------------------------------------------------------------------------------

@@ -1,18 +1,36 @@
 """Held-out loss after the same predicted time: all layers, upper parts, bands, spread choices, rare early updates."""
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training_methods import Setup, cached_steps, embedded_setup
+
+from aletheia_lora.adapter import attach, shared_copy
+from aletheia_lora.allocation import AllocationOptions, allocate
+from aletheia_lora.anatomy import anatomy
+from aletheia_lora.cost import StepShape, cost_model
+from aletheia_lora.data import TokenizedRow, batches, split
+from aletheia_lora.environment import environment
+from aletheia_lora.fast_lora import FastLora
+from aletheia_lora.loss import heldout_loss, labelled_loss
+from aletheia_lora.training.prefix_cache import PrefixCache, PrefixCacheOptions
+from aletheia_lora.training.unpadded import Unpadded
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1] / "src"), str(HERE.parent)]
-
-UNIFORM_STEPS, BATCH_SIZE, HELD_OUT, MAX_LENGTH, RATE = 30, 4, 48, 320, 2e-3
-EPOCH_STEPS = 15
-EPOCH_ROWS = EPOCH_STEPS * BATCH_SIZE
+UNIFORM_STEPS, EPOCH_STEPS, HELD_OUT, MAX_LENGTH, RATE = 30, 15, 48, 320, 2e-3
 
 
 @dataclass(frozen=True)
@@ -26,7 +44,7 @@ class Choice:
     cached: bool = False
     """Whether later epochs start from the hidden states that the first one kept."""
     epochs: int = 0
-    """Of uniform LoRA over ``EPOCH_ROWS`` rows, in whose time this trains; 0: ``UNIFORM_STEPS`` on new rows."""
+    """Of uniform LoRA of ``EPOCH_STEPS`` steps, in whose time this trains; 0: ``UNIFORM_STEPS`` on new rows."""
 
     @property
     def against(self) -> str:
@@ -65,8 +83,8 @@ def main() -> None:
     records = [json.loads(line) for line in records_file.read_text().splitlines()] if records_file.exists() else []
     if not options.print:
         done = {(record["choice"], record["seed"]) for record in records}
-        bench = Bench(options.data)
-        (HERE / "environment.json").write_text(json.dumps(bench.environment(), indent=1) + "\n")
+        bench = Bench(embedded_setup(options.data, max_length=MAX_LENGTH))
+        (HERE / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
         for seed in options.seeds:
             for name in options.choices:
                 if (name, seed) in done:
@@ -79,7 +97,7 @@ def main() -> None:
     report(records)
 
 
-def report(records: list[dict]) -> None:
+def report(records: list[dict[str, Any]]) -> None:
     """The table, best first, as differences to uniform LoRA of the same seed."""
     losses = {(record["choice"], record["seed"]): record["heldout_loss"] for record in records}
     rows = []
@@ -102,80 +120,31 @@ def report(records: list[dict]) -> None:
 
 
 class Bench:
-    """The model and the rows, loaded once."""
+    """The model, its rows in their parts, and the counts that say how many steps a choice gets."""
 
-    def __init__(self, data: Path) -> None:
-        from aletheia_lora.anatomy import anatomy
-        from aletheia_lora.cost import StepShape, cost_model
-        from aletheia_lora.data import batches, split, tokenize
-        from aletheia_lora.embedded import load_embedded_model
-        from aletheia_lora.rows import load_rows
-
-        self.model, tokenizer = load_embedded_model()
-        self.pad = tokenizer.pad_token_id
-        rows = tokenize(
-            load_rows(str(data), split=None)[:4000],
-            tokenizer,
-            max_length=MAX_LENGTH,
-            prompt_column="question",
-            completion_column="answer",
-        )
-        parts = split(rows, seed=0, probe=0, validation=HELD_OUT)
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.found = setup, anatomy(setup.model)
+        parts = split(setup.rows, seed=0, probe=0, validation=HELD_OUT)
         self.train = list(parts.train)
         held_out = sorted(parts.validation, key=lambda row: len(row.input_ids))
-        self.held_out = list(batches(held_out, BATCH_SIZE, self.pad))
-        self.found = anatomy(self.model)
+        self.held_out = list(batches(held_out, setup.batch_size, setup.pad))
         sample = self.train[:200]
-        tokens = sum(len(row.input_ids) for row in sample) // 200 * BATCH_SIZE
-        labelled = sum(sum(label != -100 for label in row.labels) for row in sample) // 200 * BATCH_SIZE
-        shape = StepShape(num_tokens=tokens, num_labelled_tokens=labelled, sequence_length=max(tokens // BATCH_SIZE, 1))
+        tokens = sum(len(row.input_ids) for row in sample) // len(sample) * setup.batch_size
+        labels = sum(sum(label != -100 for label in row.labels) for row in sample) // len(sample) * setup.batch_size
+        length = max(tokens // setup.batch_size, 1)
+        shape = StepShape(num_tokens=tokens, num_labelled_tokens=labels, sequence_length=length)
         self.cost = cost_model(self.found, shape)
 
-    def environment(self) -> dict[str, str]:
-        """Versions and hardware."""
-        from aletheia_lora.environment import environment
-
-        return environment()
-
-    def run(self, choice: Choice, seed: int) -> dict:
+    def run(self, choice: Choice, seed: int) -> dict[str, Any]:
         """Train one choice for uniform LoRA's time and look at the held-out rows."""
-        import numpy as np
-        import torch
-
-        from aletheia_lora.adapter import attach, shared_copy
-        from aletheia_lora.allocation import AllocationOptions, allocate
-        from aletheia_lora.data import batches
-        from aletheia_lora.fast_lora import FastLora
-        from aletheia_lora.loss import heldout_loss, labelled_loss
-
-        ranks = allocate(self.found, choice.layers, "matched", AllocationOptions(rank=16))
+        ranks = allocate(self.found, choice.layers, "matched", AllocationOptions(rank=self.setup.rank))
         rank = max(entry.rank for entry in ranks)
         share = self.share(choice, rank)
         steps = self.steps(choice, rank, share)
-        adapted = attach(shared_copy(self.model), self.found, ranks, seed=seed)
-        FastLora(adapted)
-        draw = np.random.default_rng(seed)
-        order = draw.permutation(len(self.train))
-        if choice.epochs:
-            order = np.concatenate([draw.permutation(order[:EPOCH_ROWS]) for _ in range(-(-steps // EPOCH_STEPS))])
-        rows = [self.train[int(index)] for index in order[: steps * BATCH_SIZE]]
-        weights = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+        adapted = attach(shared_copy(self.setup.model), self.found, ranks, seed=seed)
         layer_of = {entry.name: entry.layer_idx for entry in ranks}
-        early = [p for n, p in weights.items() if _layer(n, layer_of) < choice.cut]
-        optimizer = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=0.0)
-        losses = []
-        adapted.train()
-        for step, batch in enumerate(batches(rows, BATCH_SIZE, self.pad)):
-            for group in optimizer.param_groups:
-                group["lr"] = RATE * (1 - step / steps)
-            for parameter in early:
-                parameter.requires_grad_(step % choice.every == 0)
-            loss = labelled_loss(adapted, batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
+        rows = self.rows(choice, seed, steps)
+        losses = self.train_on(batches(rows, self.setup.batch_size, self.setup.pad), adapted, choice, layer_of, steps)
         return {
             "layers": list(choice.layers),
             "rank": rank,
@@ -186,29 +155,70 @@ class Bench:
             "heldout_loss": heldout_loss(adapted, self.held_out),
         }
 
+    def rows(self, choice: Choice, seed: int, steps: int) -> list[TokenizedRow]:
+        """The rows of so many steps in their order: new ones, or those of one epoch shuffled anew for each."""
+        draw = np.random.default_rng(seed)
+        order = draw.permutation(len(self.train))
+        if choice.epochs:
+            epoch = order[: EPOCH_STEPS * self.setup.batch_size]
+            order = np.concatenate([draw.permutation(epoch) for _ in range(-(-steps // EPOCH_STEPS))])
+        return [self.train[int(index)] for index in order[: steps * self.setup.batch_size]]
+
+    def train_on(
+        self,
+        rows: Iterable[dict[str, Any]],
+        adapted: PeftModel,
+        choice: Choice,
+        layer_of: dict[str, int],
+        steps: int,
+    ) -> list[float]:
+        """The loss of every step; the product's shortcuts are on, so that only what a choice needs is computed."""
+        weights = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+        early = [weight for name, weight in weights.items() if layer_of[module_of(name)] < choice.cut]
+        optimizer = torch.optim.AdamW(weights.values(), lr=RATE, weight_decay=0.0)
+        base_model, losses = adapted.get_base_model(), []
+        with contextlib.ExitStack() as shortcuts:
+            shortcuts.callback(FastLora(adapted).remove)
+            shortcuts.callback((unpadded := Unpadded(base_model)).remove)
+            if choice.cached:
+                shortcuts.callback(PrefixCache(base_model, min(choice.layers), PrefixCacheOptions()).remove)
+            adapted.train()
+            for step, batch in enumerate(rows):
+                for group in optimizer.param_groups:
+                    group["lr"] = RATE * (1 - step / steps)
+                for weight in early:
+                    weight.requires_grad_(step % choice.every == 0)
+                loss = labelled_loss(adapted, unpadded.batch(adapted, batch))
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(float(loss.detach()))
+        return losses
+
     def steps(self, choice: Choice, rank: int, share: float) -> int:
         """Steps that fit in uniform LoRA's predicted time; a cache is of use from the second epoch on."""
         time = choice.epochs * EPOCH_STEPS or UNIFORM_STEPS
         if not choice.cached:
             return round(time / share)
-        from training_methods import cached_steps
-
-        return cached_steps(time, EPOCH_STEPS, share, self.cost.share(choice.layers, rank=rank, prefix_cached=True))
+        later = self.cost.share(choice.layers, rank=rank, uniform_rank=self.setup.rank, prefix_cached=True)
+        return cached_steps(time, EPOCH_STEPS, share, later)
 
     def share(self, choice: Choice, rank: int) -> float:
         """Predicted time of a step against uniform LoRA's, averaged over the schedule; in the first epoch if cached."""
-        whole = self.cost.share(choice.layers, rank=rank)
+        ranks = {"rank": rank, "uniform_rank": self.setup.rank}
+        whole = self.cost.share(choice.layers, **ranks)
         if choice.every == 1:
             return whole
         late = [layer for layer in choice.layers if layer >= choice.cut]
         frozen = self.cost.adapters([layer for layer in choice.layers if layer < choice.cut], rank=rank) / 3
-        shallow = self.cost.share(late, rank=rank) + frozen / self.cost.uniform(rank=16)  # they still run forward
-        return whole / choice.every + shallow * (1 - 1 / choice.every)
+        frozen /= self.cost.uniform(rank=self.setup.rank)  # they still run forward
+        return whole / choice.every + (self.cost.share(late, **ranks) + frozen) * (1 - 1 / choice.every)
 
 
-def _layer(name: str, layer_of: dict[str, int]) -> int:
-    module = name.removeprefix("base_model.model.").partition(".lora_")[0]
-    return layer_of[module]
+def module_of(weight: str) -> str:
+    """The module that an adapter's weight belongs to."""
+    return weight.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 if __name__ == "__main__":
