@@ -239,6 +239,11 @@ def test_records_of_other_settings_are_not_mixed(to_loss, timed_to_loss):
         to_loss.measure(tiny_setup(to_loss), other, [0], timed_to_loss[0], lambda _line: None)
 
 
+def test_the_readme_of_time_to_loss_shows_what_its_records_say(to_loss):
+    folder = BENCHMARKS / "time_to_loss"
+    assert to_loss.table(to_loss.Records(folder).lines) in (folder / "README.md").read_text()
+
+
 def made_run(method: str, seed: int, looks: list[tuple[float, float]], probe_seconds: float = 0.0, failed=None):
     heldout = [{"step": step, "seconds": seconds, "loss": loss} for step, (seconds, loss) in enumerate(looks)]
     run = {"kind": "run", "method": method, "seed": seed, "turns_with": [], "failed": failed, "layers": [1, 2]}
