@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable
@@ -94,29 +95,30 @@ def main() -> None:
                 print(json.dumps({k: record[k] for k in ("choice", "seed", "steps", "heldout_loss")}), file=sys.stderr)
                 with records_file.open("a") as stream:
                     stream.write(json.dumps(record) + "\n")
-    report(records)
+    print(table(records))
 
 
-def report(records: list[dict[str, Any]]) -> None:
-    """The table, best first, as differences to uniform LoRA of the same seed."""
+COLUMNS = ("choice", "layers", "rank", "lowest", "share of a step", "steps", "held-out loss, by seed")
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Each choice against uniform LoRA of as many epochs and the same seed, best first."""
     losses = {(record["choice"], record["seed"]): record["heldout_loss"] for record in records}
     rows = []
-    for name in dict.fromkeys(record["choice"] for record in records):
-        against = CHOICES[name].against
-        uniform = {seed: loss for (choice, seed), loss in losses.items() if choice == against}
-        mine = [record for record in records if record["choice"] == name and record["seed"] in uniform]
-        gains = [record["heldout_loss"] / uniform[record["seed"]] - 1 for record in mine]
-        if mine:
-            rows.append((statistics.mean(gains), name, mine, gains))
-    print(f"{'choice':26s} {'rank':>4s} {'lowest':>6s} {'time share':>10s} {'steps':>5s}  held-out loss, by seed")
-    for _, name, mine, gains in sorted(rows, key=lambda row: (CHOICES[row[1]].epochs, row[0])):
-        first = mine[0]
-        print(
-            f"{name:26s} {first['rank']:4d} {first['lowest']:6d} {first['time_share']:10.2f} {first['steps']:5d}  "
-            + ", ".join(
-                f"{record['heldout_loss']:.4f} ({100 * gain:+.1f} %)" for record, gain in zip(mine, gains, strict=True)
-            )
-        )
+    for name, choice in CHOICES.items():
+        seeds = sorted(seed for one, seed in losses if one == name)
+        if not seeds:
+            continue
+        first = next(record for record in records if record["choice"] == name)
+        facts = [len(choice.layers), first["rank"], first["lowest"], f"{first['time_share']:.2f}", first["steps"]]
+        changes, cells = [], []
+        for seed in seeds:
+            uniform = losses.get((choice.against, seed), math.nan)
+            changes.append(losses[name, seed] / uniform - 1)
+            cells.append(f"{losses[name, seed]:.4f} ({changes[-1]:+.1%})")
+        row = f"| {' | '.join([name, *map(str, facts), '; '.join(cells)])} |"
+        rows.append((choice.epochs, statistics.mean(changes), row))
+    return "\n".join([f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS), *(row for *_, row in sorted(rows))])
 
 
 class Bench:
