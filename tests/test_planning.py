@@ -374,6 +374,7 @@ def test_a_plan_without_a_probe_or_with_one_batch_still_prints(measured):
 
 def test_a_plan_says_what_was_not_shown_of_scores(measured):
     model, found, result = measured
-    for strategy, said in (("budget", True), ("top_percent", True), ("stride", False), ("last", False)):
+    for strategy, said in (("budget", True), ("top_percent", True), ("stride", False), ("last", False), ("all", False)):
         made = plan_from_probe(found, result, PlanOptions(**SMALL, strategy=strategy), model=model)
         assert ("as many random ones has not been shown" in str(made)) is said
+        assert ("--strategy all adapts all" in str(made)) is (strategy != "all")
