@@ -24,10 +24,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "budget_70": {"strategy": "budget", "time_budget": 0.7, "allocation": "matched"},
     "budget_50": {"strategy": "budget", "time_budget": 0.5, "allocation": "matched"},
     "budget_quarter": {"strategy": "budget", "time_budget": 0.6, "allocation": "matched"},
+    "spread_third": {"strategy": "budget_spread", "percent": 33, "time_budget": 0.8, "allocation": "matched"},
     "random": {"strategy": "random", "allocation": "matched"},
 }
 """The options of each plan; what depends on the model is set in :func:`method_plan`."""
-NEED_PROBE = ("paper", "budget_80", "budget_70", "budget_50", "budget_quarter")
+NEED_PROBE = ("paper", "budget_80", "budget_70", "budget_50", "budget_quarter", "spread_third")
 """Methods that cannot choose without scores, and therefore pay for the probe."""
 
 
@@ -53,16 +54,12 @@ class Setup:
 
 
 def embedded_setup(data: Path, *, max_rows: int = 4000, max_length: int = 512) -> Setup:
-    """SmolLM2-135M-Instruct in float32, and the first rows of a file with the columns of GSM8K."""
+    """SmolLM2-135M-Instruct in float32, and the first rows of a file with the columns of GSM8K or in TRL's formats."""
     model, tokenizer = load_embedded_model()
-    rows = tokenize(
-        load_rows(str(data))[:max_rows],
-        tokenizer,
-        max_length=max_length,
-        prompt_column="question",
-        completion_column="answer",
-    )
-    return Setup(model=model, tokenizer=tokenizer, rows=rows, model_name="SmolLM2-135M-Instruct")
+    rows = load_rows(str(data))[:max_rows]
+    columns = {"prompt_column": "question", "completion_column": "answer"} if "question" in rows[0] else {}
+    tokenized = tokenize(rows, tokenizer, max_length=max_length, **columns)
+    return Setup(model=model, tokenizer=tokenizer, rows=tokenized, model_name="SmolLM2-135M-Instruct")
 
 
 def probed(setup: Setup, rows: TokenizedRows, train: TokenizedRows, seed: int) -> tuple[ModelAnatomy, ProbeResult]:

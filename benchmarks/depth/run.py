@@ -75,12 +75,13 @@ CHOICES = {
 def main() -> None:
     """Run what is missing, or print the records."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl")
+    parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl, or rows in one of TRL's formats")
+    parser.add_argument("--records", type=Path, default=HERE / "records.jsonl", help="one file for each task")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
     parser.add_argument("--print", action="store_true", help="only print the table of the records")
     options = parser.parse_args()
-    records_file = HERE / "records.jsonl"
+    records_file = options.records
     records = [json.loads(line) for line in records_file.read_text().splitlines()] if records_file.exists() else []
     if not options.print:
         done = {(record["choice"], record["seed"]) for record in records}

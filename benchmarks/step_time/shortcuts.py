@@ -22,7 +22,7 @@ from aletheia_lora.comparison.runs import frozen_weights_put_back, run_of
 from aletheia_lora.environment import environment
 from aletheia_lora.training.interleave import take_turns
 
-METHODS = {"uniform": "uniform", "budget_80": "budget 0.8"}
+METHODS = {"uniform": "uniform", "budget_80": "budget 0.8", "spread_third": "a third, spread, budget 0.8"}
 FILE = "shortcuts.json"
 
 
@@ -134,15 +134,21 @@ def measured(setup: Setup, steps: int, num_batches: int) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any], warm_up: int) -> str:
-    """How many times the seconds of a step as it is each variant takes, step by step."""
+    """How many times the seconds of a step as it is each variant takes, step by step, and what the layers save."""
     runs = {(run["method"], run["variant"]): run for run in record["runs"]}
+
+    def cell(run: dict[str, Any], base: dict[str, Any]) -> str:
+        return rivals.in_words(rivals.ratios(run, base, range(warm_up, len(run["step_seconds"]))))
+
     shown = [f"| our trainer | {' | '.join(METHODS.values())} |", "| --- |" + " --- |" * len(METHODS)]
     for name, variant in VARIANTS.items():
-        cells = []
-        for method in METHODS:
-            run, base = runs[method, name], runs[method, AS_IT_IS]
-            cells.append(rivals.in_words(rivals.ratios(base, run, range(warm_up, len(base["step_seconds"])))))
+        cells = [cell(runs[method, AS_IT_IS], runs[method, name]) for method in METHODS]
         shown.append(f"| {variant.title} | {' | '.join(cells)} |")
+    faster = [cell(runs[method, AS_IT_IS], runs["uniform", AS_IT_IS]) for method in METHODS]
+    chosen = [len(runs[method, AS_IT_IS]["layers"]) for method in METHODS]
+    lowest = [min(runs[method, AS_IT_IS]["layers"]) for method in METHODS]
+    shown.append(f"| uniform as it is, beside this as it is | {' | '.join(faster)} |")
+    shown.append(f"| layers (lowest) | {' | '.join(f'{n} ({low})' for n, low in zip(chosen, lowest, strict=True))} |")
     return "\n".join(shown)
 
 
