@@ -24,11 +24,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "budget_70": {"strategy": "budget", "time_budget": 0.7, "allocation": "matched"},
     "budget_50": {"strategy": "budget", "time_budget": 0.5, "allocation": "matched"},
     "budget_quarter": {"strategy": "budget", "time_budget": 0.6, "allocation": "matched"},
-    "spread_third": {"strategy": "budget_spread", "percent": 33, "time_budget": 0.8, "allocation": "matched"},
+    "stride_third": {"strategy": "budget_stride", "percent": 33, "time_budget": 0.8, "allocation": "matched"},
     "random": {"strategy": "random", "allocation": "matched"},
 }
 """The options of each plan; what depends on the model is set in :func:`method_plan`."""
-NEED_PROBE = ("paper", "budget_80", "budget_70", "budget_50", "budget_quarter", "spread_third")
+NEED_PROBE = ("paper", "budget_80", "budget_70", "budget_50", "budget_quarter")
 """Methods that cannot choose without scores, and therefore pay for the probe."""
 
 

@@ -241,6 +241,21 @@ def test_budget_spread_starts_at_the_lowest_layer_that_the_budget_affords(percen
         assert made.layers == tuple(range(30))
 
 
+@pytest.mark.parametrize(("percent", "step"), [(25, 4), (33, 3), (50, 2), (67, 1), (100, 1)])
+def test_budget_stride_takes_every_nth_layer_from_the_lowest_that_the_budget_affords(percent: int, step: int) -> None:
+    lowest = []
+    for share in (0.5, 0.6, 0.8, 1.0):
+        options = SelectionOptions(percent=percent, time_budget=share, cost=flat_cost(30))
+        made = select(DEEP, "budget_stride", options)
+        start = next(start for start in range(30) if options.time_share(range(start, 30, step)) <= share)
+        assert made.layers == tuple(range(start, 30, step))
+        assert select(dict.fromkeys(DEEP, 0.0), "budget_stride", options).layers == made.layers  # reads no score
+        lowest.append(made.lowest)
+    assert lowest == sorted(lowest, reverse=True) and lowest[0] > lowest[-1]
+    few = SelectionOptions(percent=percent, num_layers=2, time_budget=1.0, cost=flat_cost(30))
+    assert select(DEEP, "budget_stride", few).layers == tuple(range(0, 30, step))[-2:]
+
+
 @pytest.mark.parametrize("strategy", BUDGETED)
 def test_a_memory_budget_moves_the_choice_up(strategy: str) -> None:
     layers = (LayerActivations(1000, 10, 1),) * 30

@@ -22,7 +22,7 @@ from aletheia_lora.comparison.runs import frozen_weights_put_back, run_of
 from aletheia_lora.environment import environment
 from aletheia_lora.training.interleave import take_turns
 
-METHODS = {"uniform": "uniform", "budget_80": "budget 0.8", "spread_third": "a third, spread, budget 0.8"}
+METHODS = {"uniform": "uniform", "budget_80": "budget 0.8", "stride_third": "every third layer, budget 0.8"}
 FILE = "shortcuts.json"
 
 

@@ -22,7 +22,7 @@ from ..outlook import model_from_config
 from ..rows import load_rows
 from ..run_config import configuration
 from ..runs import EMBEDDED, Say, load_model
-from ..selection import SCORED, STRATEGIES
+from ..selection import BUDGETED, SCORED, STRATEGIES
 from ..selection_options import SelectionOptions
 from .methods import Method
 from .spec import Cell, cells
@@ -62,10 +62,10 @@ class _Ground:
         return float(content["steps"] * step + looks / content["batch_size"] * forward)
 
     def layers(self, cell: Cell) -> list[int]:
-        """The layers of a method that reads no scores; of others all, which is the most that they can take."""
+        """The layers of a method that reads neither scores nor budgets; of others all, the most that they can take."""
         method = Method(**cell.content["method"])
         everything = dict.fromkeys(range(self.found.num_layers), 1.0)
-        if method.strategy in SCORED:
+        if method.strategy in SCORED or method.strategy in BUDGETED:
             return list(everything)
         options = SelectionOptions(percent=method.percent, num_layers=method.num_layers)
         return STRATEGIES[method.strategy](everything, options)

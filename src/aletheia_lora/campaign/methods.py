@@ -21,6 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper_asymmetric": {"strategy": "top_percent", "percent": 50.0, "allocation": "asymmetric"},
     "above_median": {"strategy": "above_median", "allocation": "matched"},
     "budget": {"strategy": "budget", "time_budget": 0.7, "allocation": "matched"},
+    "budget_stride": {"strategy": "budget_stride", "percent": 33.0, "time_budget": 0.8, "allocation": "matched"},
     "last": {"strategy": "last", **HALF},
     "first": {"strategy": "first", **HALF},
     "middle": {"strategy": "middle", **HALF},
