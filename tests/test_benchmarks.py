@@ -331,6 +331,13 @@ def test_early_layers_move_at_every_so_manieth_step_only(depth):
         assert torch.equal(one, three) is early and not torch.equal(three, four)
 
 
+@pytest.mark.parametrize("file", ["records.jsonl", "records_code.jsonl"])
+def test_the_readme_of_depth_shows_what_its_records_say(depth, file):
+    folder = BENCHMARKS / "depth"
+    records = [json.loads(line) for line in (folder / file).read_text().splitlines()]
+    assert depth.table(records) in (folder / "README.md").read_text()
+
+
 # --- the shortcuts of our trainer -------------------------------------------------------------------------------
 
 
