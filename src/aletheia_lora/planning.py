@@ -148,13 +148,13 @@ class Plan:
             lines.append(f"adapters: {self.options.adapter_options.in_words()}; predictions are those of plain LoRA")
         if self.selection.strategy in SCORED:
             lines.append(f"{NOT_SHOWN}; `aletheia compare --controls random` asks it of your data")
+        if self.selection.lowest == 0:
+            lines.append("layer 0 is among them, so backward runs through the whole model and little time is saved")
         if len(self.selection.layers) < self.anatomy.num_layers:
             lines.append(
                 "a step on fewer layers can take less time and memory; that they learn more than all in the same time "
                 "has not been shown: --strategy all adapts all, and training leaves out the same needless work"
             )
-        if self.selection.lowest == 0:
-            lines.append("layer 0 is among them, so backward runs through the whole model and little time is saved")
         return "\n".join(lines)
 
     @property
