@@ -201,7 +201,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_version_is_the_same_everywhere() -> None:
-    (version,) = re.findall(r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(), re.MULTILINE)
+    (version,) = re.findall(r'^__version__ = "(.+?)"', (PACKAGE / "__init__.py").read_text(), re.MULTILINE)
     headings = re.findall(r"^## \[?([^\]\s]+)", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[:2] == ["Unreleased", version]
     assert f"\nversion: {version}\n" in (CHECKOUT / "CITATION.cff").read_text()
