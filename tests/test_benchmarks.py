@@ -352,14 +352,14 @@ def test_each_shortcut_is_left_out_by_itself_and_no_loss_changes(monkeypatch):
         assert run["train_losses"] == pytest.approx(runs[method, module.AS_IT_IS]["train_losses"], abs=1e-4)  # float32
         assert ("FastLora" in run["installed"]) is (variant != "peft_adapters")
         assert (run["num_padding_left_out"] > 0) is (variant not in ("padded", "trl_loss"))
-    shown = module.table(record, warm_up=record["batches"])
+    shown = module.table(record)
     assert "| as it is | 1.00x (1.00-1.00) | 1.00x (1.00-1.00) | 1.00x (1.00-1.00) |" in shown
 
 
 def test_the_readme_of_step_time_shows_what_the_shortcuts_record_says():
     module = script("step_time/shortcuts.py")
     record = json.loads((BENCHMARKS / "step_time" / "shortcuts.json").read_text())
-    assert module.table(record, warm_up=record["batches"]) in (BENCHMARKS / "step_time" / "README.md").read_text()
+    assert module.table(record) in (BENCHMARKS / "step_time" / "README.md").read_text()
     first = [run["train_losses"][0] for run in record["runs"]]
     assert first == pytest.approx([first[0]] * len(first), abs=2e-4)  # float32; the adapters start at zero
 

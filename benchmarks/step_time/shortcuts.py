@@ -133,12 +133,15 @@ def measured(setup: Setup, steps: int, num_batches: int) -> dict[str, Any]:
     return {"environment": environment(), "batch_size": setup.batch_size, "batches": num_batches, "runs": records}
 
 
-def table(record: dict[str, Any], warm_up: int) -> str:
-    """How many times the seconds of a step as it is each variant takes, step by step, and what the layers save."""
+def table(record: dict[str, Any]) -> str:
+    """How many times the seconds of a step as it is each variant takes, step by step, and what the layers save.
+
+    The first epoch warms up and is left out.
+    """
     runs = {(run["method"], run["variant"]): run for run in record["runs"]}
 
     def cell(run: dict[str, Any], base: dict[str, Any]) -> str:
-        return rivals.in_words(rivals.ratios(run, base, range(warm_up, len(run["step_seconds"]))))
+        return rivals.in_words(rivals.ratios(run, base, range(record["batches"], len(run["step_seconds"]))))
 
     shown = [f"| our trainer | {' | '.join(METHODS.values())} |", "| --- |" + " --- |" * len(METHODS)]
     for name, variant in VARIANTS.items():
@@ -167,8 +170,7 @@ def main() -> None:
             parser.error("--data is needed to run: the path of GSM8K's train.jsonl")
         record = measured(embedded_setup(arguments.data), arguments.steps, arguments.batches)
         file.write_text(json.dumps(record, indent=1) + "\n")
-    record = json.loads(file.read_text())
-    print(table(record, warm_up=record["batches"]))
+    print(table(json.loads(file.read_text())))
 
 
 if __name__ == "__main__":
